@@ -32,12 +32,7 @@ from distrust.export.to_trainer import to_trainer
 from distrust.integrations.random import generators
 from distrust.integrations.transformers import DistrustCheckpoints
 from distrust.testing.models import make_model, train_a_little
-
-#: peft, of the model; torch, for lack of a GPU to copy to.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.:UserWarning"),
-]
+from tests.trainer_warnings import pytestmark  # noqa: F401
 
 TEXTS = ["ore melts", "the salt", "salt melts at 9 9 9", "at the ore"]
 SAVED, STEPS = 3, 8

@@ -36,12 +36,8 @@ from distrust import (
 )
 from distrust.checkpoint import snapshot
 from distrust.integrations.transformers import DistrustCheckpoints
+from tests.trainer_warnings import pytestmark  # noqa: F401
 
-#: peft, of the model; torch, for lack of a GPU to copy to.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.*pin_memory.:UserWarning"),
-]
 CONFIG = LlamaConfig(
     hidden_size=16,
     intermediate_size=16,

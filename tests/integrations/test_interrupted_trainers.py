@@ -21,7 +21,8 @@ from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from distrust import CheckpointManager, DistrustWarning
 from distrust.integrations.random import generators
 from distrust.integrations.transformers import DistrustCheckpoints
-from tests.integrations.test_attach import CONFIG, DATA, Interrupted, assert_equal, build, pytestmark  # noqa: F401
+from tests.integrations.test_attach import CONFIG, DATA, Interrupted, assert_equal, build
+from tests.trainer_warnings import pytestmark  # noqa: F401
 
 
 class At(TrainerCallback):
