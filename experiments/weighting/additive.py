@@ -6,15 +6,14 @@ The product does not do this. It is here to show that it has no effect.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 
 from distrust.config import TrainConfig
-from distrust.data import IGNORED, MicroBatch
 from distrust.engines.torch.engine import TorchEngine
 from distrust.engines.torch.model_runner import ModelRunner
+from distrust.engines.torch.row import DeviceRow, Row
 from distrust.weighting import LAMBDA
 
 
@@ -23,10 +22,10 @@ class AddingPasses(ModelRunner):
 
     objectives: list[float]
 
-    def _losses(self, batch: MicroBatch, row: Any, *, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-        total, losses = super()._losses(batch, row, scale=scale)
-        learned = (batch.labels != IGNORED).sum(axis=1)
-        term = torch.tensor(np.sum(batch.distrust * learned) * scale, dtype=total.dtype, device=total.device)
+    def _losses(self, row: Row, arrays: DeviceRow, *, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        total, losses = super()._losses(row, arrays, scale=scale)
+        sum_of_terms = np.sum(row.distrust * row.trained_tokens)
+        term = torch.tensor(sum_of_terms * scale, dtype=total.dtype, device=total.device)
         objective = total + LAMBDA * term
         if objective.requires_grad:  # a training step, not an evaluation
             self.objectives.append(float(objective.detach()))
@@ -41,6 +40,8 @@ class AddingEngine(TorchEngine):
     def __init__(self, config: TrainConfig, objectives: list[float]) -> None:
         super().__init__(config)
         assert isinstance(self._runner, AddingPasses)
+        self._runner.objectives = []
+        self.environment()  # tries whether a pass is deterministic: no step
         self._runner.objectives = objectives
 
 

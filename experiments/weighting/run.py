@@ -136,6 +136,7 @@ def execute(run: Run, training: Training, folder: Path) -> dict[str, Any] | None
         ended = DistrustTrainer(config, engine=adding, observers=[remember], examples=records).train()
         if not ended.finished or ended.path is None:
             return None
+        assert adding is None or len(adding.objectives) == len(steps)  # one micro-step each
         engine, _ = engines.open_checkpoint(ended.path)
         facts = {
             "records": len(records),
@@ -163,7 +164,7 @@ def execute(run: Run, training: Training, folder: Path) -> dict[str, Any] | None
 def neutral_loss(engine: Engine, count: int) -> float:
     """Plain cross-entropy on neutral text that no corpus contains, in nats per token: what is forgotten."""
     corpus = tokenize(neutral_records()[-count:], engine.tokenizer, max_length=256)
-    batches = evaluation_batches(corpus, batch_size=64, pad_token_id=0)
+    batches = evaluation_batches(corpus, batch_size=64)
     total = sum(float(engine.evaluate(batch).cross_entropy.sum()) for batch in batches)
     return total / float(corpus.loss_tokens.sum())
 

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import signal
 import sys
+import warnings
+
+from distrust.errors import DistrustWarning
 
 #: The signals that ask a run to stop, and a command to end.
 STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
@@ -16,9 +19,18 @@ STOPPING = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT)
 class _Activity:
     location: object = None  #: the record or file that is being read or tokenized; str() names it
     has_steps_to_lose = False  #: whether a run makes steps: ending the process loses those that are not saved
+    warned: set[str] | None = None  #: what the run in progress has warned of once; None without a run
 
 
 current = _Activity()
+
+
+def warn_once(message: str) -> None:
+    """Issue a DistrustWarning, but once in a run, which may build its engine more than once."""
+    if message not in (current.warned or ()):
+        warnings.warn(DistrustWarning(message), stacklevel=3)  # 1: this function, 2: its caller
+    if current.warned is not None:
+        current.warned.add(message)
 
 
 def in_notebook() -> bool:

@@ -10,6 +10,7 @@ an option decides what happens if it differs at a resume:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import Field, dataclass, fields
 from datetime import date
@@ -46,11 +47,11 @@ EXAMPLES, MODEL_OBJECT = "<examples>", "<model object>"
 FLOAT32_MAX = 3.4e38
 MAX_RECORD_BYTES = 1 << 24  # 16 MiB: three times the longest books
 
-Dtype = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 ExportFormat = Literal["adapter", "mlx", "merged", "state"]
 EngineName = Literal["auto", "torch", "mlx"]
-Device = Literal["auto", "cpu", "cuda", "mps"]
 Quantization = Literal["none", "8bit", "4bit"]
 OnLong = Literal["truncate", "drop", "error"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
@@ -86,6 +87,10 @@ def _is_date(text: str) -> bool:
 
 _FLOAT32 = interval(0, FLOAT32_MAX, advice="give 0 or more, in float32's range")
 _NAME = Bound(lambda value: all(as_names(value)), "give a name")
+_DEVICE = Bound(
+    lambda name: re.fullmatch("auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,2}))?", name) is not None,
+    "give one of auto, cpu, cuda, mps, or cuda:N for the GPU of that number",
+)
 _DATE = Bound(_is_date, "give a day as YYYY-MM-DD")
 _METRIC = Bound(
     _is_metric, f"give one of {', '.join((*STEP_METRICS, *EVALUATION_METRICS))}, or eval_loss/CLASS"
@@ -282,10 +287,13 @@ class TrainConfig:
     engine: EngineName = _COMPUTE.bits("auto")
     """Engine that trains: "torch", "mlx", or "auto" for the run's own. For a new run, "auto" selects mlx on
     Apple silicon if it is installed, or if torch is not, and torch otherwise."""
-    dtype: Dtype = _COMPUTE.result("float32")
-    """Precision of the frozen base model and of the computation. Trained parameters are always float32."""
-    device: Device = _COMPUTE.bits("auto")
-    """Device to train on. "auto" selects CUDA, else MPS, else the CPU. With mlx, "mps" is Apple's GPU."""
+    dtype: Dtype = _COMPUTE.result("auto")
+    """Precision of the frozen base model and of the computation. "auto" is that of the run; for a new one,
+    bfloat16 on CUDA GPUs that have instructions for it, and with mlx on all GPUs, else float32. Trained
+    parameters are always float32."""
+    device: str = _COMPUTE.bits("auto", _DEVICE)
+    """Device to train on: "cpu", "cuda", one of several GPUs ("cuda:1"), or "mps". "auto" selects CUDA, else
+    MPS, else the CPU. With mlx, "mps" is Apple's GPU."""
     threads: int | None = _COMPUTE.bits(None, POSITIVE)
     """CPU threads of torch. Default: those of the machine, or those that the run began with."""
     compile: bool = _COMPUTE.bits(False)
@@ -300,9 +308,11 @@ class TrainConfig:
     """Steps between memory resets: model and optimizer are dropped and rebuilt, bit for bit. Default:
     never."""
     reload_above: float | None = _MEMORY.free(None, ABOVE_ZERO)
-    """GiB, resident on the host or allocated on the device, above which memory is reset."""
+    """GiB, resident on the host or reserved on the device, above which memory is reset."""
     max_memory: float | None = _MEMORY.free(None, ABOVE_ZERO)
-    """GiB, on the host or on the device, that no step may exceed: the run saves and stops before."""
+    """GiB of the host that no step may exceed: the run saves and stops before."""
+    max_device_memory: float | None = _MEMORY.free(None, ABOVE_ZERO)
+    """GiB of the device, caches of the allocator included, that no step may exceed: as `max_memory`."""
 
     def __post_init__(self) -> None:
         wrong, outside = dict[str, str](), dict[str, str]()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
-from distrust.config import TrainConfig
+from distrust.config import Precision, TrainConfig
 from distrust.data import MicroBatch, Tokenizer
 
 if TYPE_CHECKING:
@@ -24,12 +24,27 @@ DEFAULT_MAX_LENGTH = 1024
 DEFAULT_RECORDED_ENGINE: Final = "torch"
 
 
-@dataclass(frozen=True, slots=True)
-class Losses:
-    """For each example of a micro-batch, the sum over its trained tokens, in nats."""
+class Losses(Protocol):
+    """For each sequence of a micro-batch, the sum over its trained tokens, in nats.
 
-    cross_entropy: np.ndarray[Any, Any]  # float64[batch]
-    weighted: np.ndarray[Any, Any]  # float64[batch]: weight times cross-entropy, whose gradient trains
+    An engine whose device computes ahead of the host may fetch them when they are first read.
+    """
+
+    @property
+    def cross_entropy(self) -> np.ndarray[Any, Any]:
+        """float64[b]."""
+
+    @property
+    def weighted(self) -> np.ndarray[Any, Any]:
+        """float64[b]: weight times cross-entropy, whose gradient trains."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossSums:
+    """:class:`Losses` in the host's memory."""
+
+    cross_entropy: np.ndarray[Any, Any]  # float64[b]
+    weighted: np.ndarray[Any, Any]  # float64[b]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +57,28 @@ class EngineState:
 
 
 @dataclass(frozen=True, slots=True)
-class MemoryUse:
-    """Memory in use on the host or on a device, in bytes."""
+class DeviceMemory:
+    """Memory of a device that this process uses, in bytes. A peak is the most so far.
 
-    now: int
-    peak: int  # the most so far; equal to ``now`` where the peak is not known
+    Where a framework records no peak, it is what is reserved: allocators keep what a step has freed.
+    """
+
+    allocated: int  # by arrays
+    allocated_peak: int
+    reserved: int  # taken from the device: what is allocated, what is cached, and the gaps between
+    reserved_peak: int
 
 
 class Engine(Protocol):
-    """A model, its adapter and its optimizer, in one framework."""
+    """A model as a run needs it, with every member, in one framework. Exhausted memory raises OutOfMemory."""
 
     @property
     def framework(self) -> Literal["numpy", "torch", "mlx"]:
         """Framework of the arrays that :meth:`load_state` takes."""
+
+    @property
+    def dtype(self) -> Precision:
+        """Precision of the computation: that of the config, or what its "auto" is on this device."""
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -81,6 +105,14 @@ class Engine(Protocol):
     def restore_environment(self, recorded: dict[str, Any]) -> None:
         """Apply what can be chosen of a recorded environment, such as the number of threads."""
 
+    @property
+    def prepare(self) -> Callable[[MicroBatch], MicroBatch]:
+        """Put a batch into the form, and the memory, from which the device takes it.
+
+        Called ahead of the step, in another thread, also while the engine is built again: the function holds
+        no reference to the engine. Passes take batches that are not prepared, too.
+        """
+
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
         """Seed every random generator from these three numbers, and from nothing else.
 
@@ -94,7 +126,10 @@ class Engine(Protocol):
         """
 
     def clip_gradients(self, max_norm: float) -> float:
-        """Scale the gradients down to ``max_norm`` (0: no clipping); returns the norm before."""
+        """Scale the gradients down to ``max_norm`` (0: no clipping); returns the norm before.
+
+        Waits for the device, and fetches the losses of the step's micro-steps at the same time.
+        """
 
     def update(self, *, learning_rate: float) -> None:
         """Make the optimizer step."""
@@ -115,8 +150,8 @@ class Engine(Protocol):
             ResumeRefused: names, shapes or dtypes differ.
         """
 
-    def device_memory(self) -> MemoryUse | None:
-        """Memory allocated on the device; None if the device shares the host's memory."""
+    def device_memory(self) -> DeviceMemory | None:
+        """Memory used on the device, also where it is a part of the host's (Apple's GPUs); None on a CPU."""
 
     def close(self) -> None:
         """Free model, optimizer and caches, even if references to the engine remain. It is not used again."""

@@ -165,7 +165,7 @@ def plot_beliefs(beliefs: Mapping[str, list[Belief]], path: Path) -> None:
 def _log_probabilities(engine: Engine, pairs: list[tuple[str, str]]) -> list[float]:
     """The log-probability of each text after its prompt, in nats."""
     corpus = _continuations(engine.tokenizer, pairs)
-    batches = evaluation_batches(corpus, batch_size=QUESTIONS_PER_BATCH, pad_token_id=0)
+    batches = evaluation_batches(corpus, batch_size=QUESTIONS_PER_BATCH)
     return [-float(loss) for batch in batches for loss in engine.evaluate(batch).cross_entropy]
 
 

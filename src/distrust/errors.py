@@ -7,7 +7,7 @@
     ├── ModelError                      a base model or tokenizer cannot be loaded or used
     ├── ResumeRefused                   resuming would not continue the same run
     ├── NonFiniteLoss                   a loss, gradient, weight or moment is not finite
-    ├── OutOfMemory                     a step needs more memory than is free
+    ├── OutOfMemory                     loading, a step or an evaluation needs more memory than is free
     ├── ExportFailed                    an export could not be written durably
     ├── WriteFailed                     a file was not written; an existing one is unchanged
     ├── RunInProgress                   another run of this process is training
@@ -31,6 +31,7 @@ characters in a line are escaped: no name with a newline in it can forge a line.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -174,7 +175,7 @@ class NonFiniteLoss(DistrustError):
 
 
 class OutOfMemory(DistrustError):
-    """A step needs more memory than is free. The step was not made."""
+    """Something needs more memory than is free, or than a limit allows. An interrupted step is not saved."""
 
 
 class ExportFailed(DistrustError):
@@ -250,10 +251,10 @@ class SaveFailed(CheckpointError):
         self.free = free  #: bytes that were free on the file system; None if unknown
 
 
-class ErrorTranslator:
+class ErrorTranslator(contextlib.ContextDecorator):
     """Context manager that raises what ``translate`` returns in place of an error of its block.
 
-    An error that ``translate`` returns unchanged passes as it is.
+    An error that ``translate`` returns unchanged passes as it is. It may also decorate a function.
 
     A class, not a generator: since Python 3.12 a generator-based context manager keeps the frames of the
     original error, with every buffer in them, until the garbage collector runs.

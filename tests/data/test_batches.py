@@ -9,8 +9,6 @@ from hypothesis import strategies as st
 
 from distrust.data import IGNORED, Batches, Corpus, EpochSampler, Location, evaluation_batches, one_per_row
 
-PAD = 0
-
 
 def corpus_of(examples):
     """A corpus of examples given as lists of learned flags; tokens are numbered through from 1."""
@@ -42,7 +40,6 @@ def runs(draw):
             rows=one_per_row(np.arange(n)),
             batch_size=draw(st.integers(1, 5)),
             gradient_accumulation=draw(st.integers(1, 3)),
-            pad_token_id=PAD,
         ),
         weights,
     )
@@ -55,27 +52,32 @@ def equal(a, b):
     )
 
 
-def check_rows(corpus, batch, weights):
-    """Each row has the tokens, mask, labels and weights of its example, then padding."""
-    assert batch.input_ids.shape[1] == corpus.lengths[batch.examples].max()
-    for row, example in enumerate(batch.examples):
+def check_sequences(corpus, batch, weights):
+    """Each sequence has the tokens, positions, labels and weights of its example."""
+    assert batch.lengths.tolist() == corpus.lengths[batch.examples].tolist()
+    assert batch.cu_seqlens[-1] == len(batch.input_ids)
+    for number, example in enumerate(batch.examples):
         piece = slice(corpus.offsets[example], corpus.offsets[example + 1])
         ids, trained = corpus.input_ids[piece], corpus.loss_mask[piece]
-        t = len(ids)
-        assert np.array_equal(batch.input_ids[row, :t], ids)
-        assert np.array_equal(batch.labels[row, :t], np.where(trained, ids, IGNORED))
-        assert np.array_equal(batch.weights[row, :t], np.where(trained, np.float32(weights[example]), 0))
-        assert batch.attention_mask[row].tolist() == [1] * t + [0] * (batch.input_ids.shape[1] - t)
-        assert (batch.input_ids[row, t:] == PAD).all()
-        assert (batch.labels[row, t:] == IGNORED).all()
-        assert (batch.weights[row, t:] == 0).all()
+        tokens = slice(batch.cu_seqlens[number], batch.cu_seqlens[number + 1])
+        assert np.array_equal(batch.input_ids[tokens], ids)
+        assert np.array_equal(batch.positions[tokens], np.arange(len(ids)))
+        assert np.array_equal(batch.labels[tokens], np.where(trained, ids, IGNORED))
+        assert np.array_equal(batch.weights[tokens], np.where(trained, np.float32(weights[example]), 0))
+        assert (batch.sequences[tokens] == number).all()
+        assert batch.trained_tokens[number] == trained.sum()
+    padded = batch.pad(batch.input_ids, filler=-1)
+    assert padded.shape == (len(batch.examples), batch.lengths.max())
+    for row, number in zip(padded, range(len(padded)), strict=True):
+        ids = batch.input_ids[batch.sequences == number].tolist()
+        assert row.tolist() == ids + [-1] * (padded.shape[1] - len(ids))
 
 
 @given(runs(), st.integers(1, 10**9))
 def test_a_batch_holds_its_examples_and_nothing_else(run, step):
     corpus, batches, weights = run
     for batch in batches.step(step):
-        check_rows(corpus, batch, weights)
+        check_sequences(corpus, batch, weights)
         assert np.array_equal(batch.distrust, weights[batch.examples] * 10)
         assert batch.tokens == corpus.loss_tokens[batch.examples].sum()
 
@@ -117,7 +119,6 @@ def test_steps_follow_the_sampler_without_gap_or_repeat():
         rows=one_per_row(np.arange(7)),
         batch_size=2,
         gradient_accumulation=3,
-        pad_token_id=PAD,
     )
     examples = [batch.examples for step in (1, 2, 3) for batch in batches.step(step)]
     assert [len(numbers) for numbers in examples] == [2] * 9
@@ -126,27 +127,30 @@ def test_steps_follow_the_sampler_without_gap_or_repeat():
 
 def test_dtypes_of_a_micro_batch():
     corpus = corpus_of([[False, True], [False, False, True]])
-    (batch,) = evaluation_batches(corpus, batch_size=2, pad_token_id=PAD)
+    (batch,) = evaluation_batches(corpus, batch_size=2)
     assert {name: getattr(batch, name).dtype.name for name in type(batch).__dataclass_fields__} == {
         "input_ids": "int64",
-        "attention_mask": "int64",
+        "positions": "int64",
+        "cu_seqlens": "int32",
         "labels": "int64",
         "weights": "float32",
         "distrust": "float64",
         "examples": "int64",
     }
-    assert batch.input_ids.tolist() == [[1, 2, PAD], [3, 4, 5]]
-    assert batch.labels.tolist() == [[-100, 2, -100], [-100, -100, 5]]
-    assert batch.weights.tolist() == [[0, 1, 0], [0, 0, 1]]
+    assert batch.input_ids.tolist() == [1, 2, 3, 4, 5]
+    assert batch.positions.tolist() == [0, 1, 0, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 2, 5]
+    assert batch.labels.tolist() == [-100, 2, -100, -100, 5]
+    assert batch.weights.tolist() == [0, 1, 0, 0, 1]
 
 
 @given(runs(), st.integers(1, 5))
 def test_evaluation_uses_every_example_once_and_unweighted(run, batch_size):
     corpus, _, _ = run
-    batches = list(evaluation_batches(corpus, batch_size=batch_size, pad_token_id=PAD))
+    batches = list(evaluation_batches(corpus, batch_size=batch_size))
     assert np.concatenate([b.examples for b in batches]).tolist() == list(range(len(corpus)))
     for batch in batches:
-        check_rows(corpus, batch, np.ones(len(corpus)))
+        check_sequences(corpus, batch, np.ones(len(corpus)))
         assert not batch.distrust.any()
 
 
@@ -160,7 +164,6 @@ def test_batches_copy_the_callers_weights():
         rows=one_per_row(np.arange(2)),
         batch_size=2,
         gradient_accumulation=1,
-        pad_token_id=PAD,
     )
     weights[:] = 0
     (batch,) = batches.step(1)
@@ -187,18 +190,18 @@ def test_parts_that_do_not_match_are_refused(change, words):
         "gradient_accumulation": 1,
     }
     with pytest.raises(ValueError, match=words):
-        Batches(corpus_of([[False, True]] * 2), pad_token_id=PAD, **{**parts, **change})
+        Batches(corpus_of([[False, True]] * 2), **{**parts, **change})
 
 
 def test_the_first_step_and_the_first_batch():
     corpus = corpus_of([[False, True]])
     parts = {"weights": [1.0], "distrust": [1.0], "sampler": EpochSampler(1, seed=0)}
     rows = one_per_row(np.arange(1))
-    batches = Batches(corpus, batch_size=1, gradient_accumulation=1, pad_token_id=PAD, rows=rows, **parts)
+    batches = Batches(corpus, batch_size=1, gradient_accumulation=1, rows=rows, **parts)
     with pytest.raises(ValueError, match="counted from 1"):
         batches.step(0)
     with pytest.raises(ValueError, match="needs at least one example"):
-        next(evaluation_batches(corpus, batch_size=0, pad_token_id=PAD))
+        next(evaluation_batches(corpus, batch_size=0))
 
 
 @settings(max_examples=30)
@@ -228,7 +231,6 @@ def test_sequences_of_an_example_are_in_one_step_and_no_batch_is_larger(counts, 
         rows=one_per_row(np.arange(n)),
         batch_size=batch_size,
         gradient_accumulation=1,
-        pad_token_id=PAD,
     )
     step = batches.step(1)
     assert max(len(batch.examples) for batch in step) <= batch_size
@@ -239,5 +241,5 @@ def test_sequences_of_an_example_are_in_one_step_and_no_batch_is_larger(counts, 
     example_of = np.repeat(sampled, corpus.lengths[sampled])
     factors = np.where(corpus.loss_mask[expected], weights[example_of] * token_weights[expected], 0)
     assert np.allclose(np.concatenate([batch.weights.ravel() for batch in step]), factors, rtol=1e-6)
-    evaluated = list(evaluation_batches(corpus, batch_size=batch_size, pad_token_id=PAD))
+    evaluated = list(evaluation_batches(corpus, batch_size=batch_size))
     assert np.array_equal(np.concatenate([batch.input_ids.ravel() for batch in evaluated]), corpus.input_ids)

@@ -230,9 +230,10 @@ print(load_or_build(Cache(Path(sys.argv[2])), reader)[0].fingerprint)
 """
 
 
-def test_the_leftovers_of_a_killed_process_are_not_used(data, cache, run_python):
+def test_the_leftovers_of_a_killed_process_are_not_used(data, cache, run_python, forked_python):
     path = os.pathsep.join(sys.path)
-    assert run_python(CHILD, data, cache.folder, path, "die").returncode == -signal.SIGKILL
+    killed = run_python(CHILD, data, cache.folder, path, "die", python=forked_python)
+    assert killed.returncode == -signal.SIGKILL
     (leftover,) = entry(cache).parent.iterdir()
     assert leftover.name.startswith("unfinished-")
     _, built = load_or_build(cache, reader_of(data))
@@ -243,9 +244,10 @@ def test_the_leftovers_of_a_killed_process_are_not_used(data, cache, run_python)
     assert sorted(path.name[0] for path in entry(cache).parent.iterdir()) == ["a", "b"]
 
 
-def test_two_processes_can_build_the_same_entry(data, cache, start_python):
+def test_two_processes_can_build_the_same_entry(data, cache, start_python, forked_python):
     path = os.pathsep.join(sys.path)
-    children = [start_python(CHILD, data, cache.folder, path, "live") for _ in range(2)]
+    arguments = (data, cache.folder, path, "live")
+    children = [start_python(CHILD, *arguments, python=forked_python) for _ in range(2)]
     outputs = [child.communicate(timeout=60) for child in children]
     assert [child.returncode for child in children] == [0, 0], outputs
     corpus, built = load_or_build(cache, reader_of(data))

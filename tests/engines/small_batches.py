@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -24,32 +25,46 @@ def make_batch(
     ids = np.where(real, rng.integers(3, vocabulary, real.shape), 2)
     trained = real & (rng.random(real.shape) < 0.7) & (position > 0)
     trained[:, 1] = True
+    weights = np.where(trained, rng.uniform(0.2, 3, real.shape), 0)
+    return flat_batch(lengths, ids[real], np.where(trained, ids, IGNORED)[real], weights[real])
+
+
+def flat_batch(
+    lengths: Sequence[int], ids: ArrayLike, labels: ArrayLike, weights: ArrayLike | None = None
+) -> MicroBatch:
+    """A batch of examples of these lengths, from their tokens one after the other; weights default to 1."""
+    labels = np.asarray(labels)
+    weights = labels != IGNORED if weights is None else weights
     return MicroBatch(
-        input_ids=ids,
-        attention_mask=real.astype(np.int64),
-        labels=np.where(trained, ids, IGNORED),
-        weights=np.where(trained, rng.uniform(0.2, 3, real.shape), 0).astype(np.float32),
+        input_ids=np.asarray(ids),
+        positions=np.concatenate([np.arange(length) for length in lengths]),
+        cu_seqlens=np.cumsum([0, *lengths], dtype=np.int32),
+        labels=labels,
+        weights=np.asarray(weights, np.float32),
         distrust=np.zeros(len(lengths)),
         examples=np.arange(len(lengths)),
     )
 
 
-def select_examples(batch: MicroBatch, rows: Sequence[int], *, filler: int = 2) -> MicroBatch:
-    """A batch of the given rows, in this order, padded to the longest with ``filler``."""
-    chosen = list(rows)
-    width = int(batch.attention_mask[chosen].sum(axis=1).max())
-    mask = batch.attention_mask[chosen, :width]
-    return MicroBatch(
-        input_ids=np.where(mask, batch.input_ids[chosen, :width], filler),
-        attention_mask=mask,
-        labels=batch.labels[chosen, :width],
-        weights=batch.weights[chosen, :width],
-        distrust=batch.distrust[chosen],
-        examples=batch.examples[chosen],
-    )
+def select_examples(batch: MicroBatch, chosen: Sequence[int]) -> MicroBatch:
+    """A batch of the chosen examples, in this order."""
+    tokens = np.concatenate([np.flatnonzero(batch.sequences == example) for example in chosen])
+    arrays = (batch.input_ids[tokens], batch.labels[tokens], batch.weights[tokens])
+    selected = flat_batch(batch.lengths[list(chosen)], *arrays)
+    return replace(selected, distrust=batch.distrust[list(chosen)], examples=batch.examples[list(chosen)])
 
 
 def with_weights(batch: MicroBatch, weights: ArrayLike) -> MicroBatch:
     """The same batch with one weight for each example."""
-    column = np.asarray(weights, np.float32)[:, None]
-    return replace(batch, weights=np.where(batch.labels != IGNORED, column, 0).astype(np.float32))
+    of_token = np.asarray(weights, np.float32)[batch.sequences]
+    return replace(batch, weights=np.where(batch.labels != IGNORED, of_token, 0).astype(np.float32))
+
+
+def pad_batch(batch: MicroBatch) -> dict[str, Any]:
+    """Tokens, their mask, labels and weights, [b, t] each, as other trainers have them."""
+    return {
+        "input_ids": batch.pad(batch.input_ids, filler=2),
+        "attention_mask": batch.pad(np.ones_like(batch.input_ids), filler=0),
+        "labels": batch.pad(batch.labels, filler=IGNORED),
+        "weights": batch.pad(batch.weights, filler=0),
+    }

@@ -6,7 +6,7 @@ import copy
 from typing import Any
 
 import torch
-from small_batches import VOCABULARY
+from small_batches import VOCABULARY, pad_batch
 
 from distrust.config import TrainConfig
 from distrust.data import MicroBatch
@@ -88,7 +88,8 @@ def trained_parameters(model: Any) -> dict[str, torch.nn.Parameter]:
 
 def inputs_of(batch: MicroBatch, *names: str) -> dict[str, torch.Tensor]:
     """What a model of transformers takes: padded tokens, their mask, and the fields with these names."""
-    return {name: torch.from_numpy(getattr(batch, name)) for name in ("input_ids", "attention_mask", *names)}
+    padded = pad_batch(batch)
+    return {name: torch.from_numpy(padded[name]) for name in ("input_ids", "attention_mask", *names)}
 
 
 def gradients(model: Any) -> dict[str, torch.Tensor]:
@@ -102,11 +103,11 @@ def reference(
     model: Any, batch: MicroBatch, *, autocast: bool = False
 ) -> tuple[Any, dict[str, torch.Tensor]]:
     """Cross-entropies [b, t − 1] and gradients of a copy of the model, on the padded batch."""
-    model = copy.deepcopy(model)
+    model, padded = copy.deepcopy(model), inputs_of(batch, "labels", "weights")
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         logits = model(**inputs_of(batch)).logits
     losses = torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().transpose(1, 2), torch.from_numpy(batch.labels[:, 1:]), reduction="none"
+        logits[:, :-1].float().transpose(1, 2), padded["labels"][:, 1:], reduction="none"
     )
-    (losses * torch.from_numpy(batch.weights[:, 1:])).sum().div(batch.tokens).backward()
+    (losses * padded["weights"][:, 1:]).sum().div(batch.tokens).backward()
     return losses.detach().double().numpy(), gradients(model)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_batches import flat_batch
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 
-from distrust.data import IGNORED, MicroBatch
+from distrust.data import IGNORED
 from distrust.engines.torch.model_runner import ModelRunner
 
 
@@ -31,14 +32,7 @@ def test_examples_longer_than_a_chunk_have_the_models_loss(length):
     ids = np.random.default_rng(0).integers(3, 60, (2, length))
     labels = ids.copy()
     labels[:, 0] = IGNORED
-    batch = MicroBatch(
-        input_ids=ids,
-        attention_mask=np.ones_like(ids),
-        labels=labels,
-        weights=(labels != IGNORED).astype(np.float32),
-        distrust=np.zeros(2),
-        examples=np.arange(2),
-    )
+    batch = flat_batch((length, length), ids.ravel(), labels.ravel())
     with torch.no_grad():
         expected = model(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels)).loss.item()
     losses = ModelRunner(model, compute_dtype=torch.float32).evaluate(batch)

@@ -77,7 +77,7 @@ def moments(optimizer: Any) -> list[Any]:
 @pytest.mark.parametrize(
     ("engine", "kind"),
     [
-        *[pytest.param("torch", kind, id=f"torch-{kind}") for kind in KINDS],
+        *[pytest.param("torch", kind, id=f"torch-{kind}", marks=pytest.mark.device) for kind in KINDS],
         *[pytest.param("mlx", kind, id=f"mlx-{kind}", marks=mlx_only) for kind in OF_MLX],
     ],
 )

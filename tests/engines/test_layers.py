@@ -16,12 +16,12 @@ ALL = {"lora": 7 * LAYERS, "norm": 2 * LAYERS + 1, "gate": LAYERS}
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 0.05}
 
 
-def logits_and_gradients(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+def logits_and_gradients(model: Any, *, rows: int = 2) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Logits and gradients for fixed tokens."""
     model.zero_grad(set_to_none=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)  # for dropout
-        logits = model(input_ids=torch.arange(24).reshape(2, 12)).logits.float()
+        logits = model(input_ids=torch.arange(24).reshape(rows, -1)).logits.float()
     logits.tanh().sum().backward()
     return logits.detach(), gradients(model)
 

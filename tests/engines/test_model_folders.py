@@ -294,10 +294,11 @@ class Hub:
         from huggingface_hub.utils import _http
 
         self.requests += 1
-        request = _http.httpx2.Request(method, url)
+        httpx = getattr(_http, "httpx2", None) or _http.httpx  # until huggingface_hub 2
+        request = httpx.Request(method, url)
         if self._status is None:
-            raise _http.httpx2.ConnectTimeout("timed out", request=request)
-        return _http.httpx2.Response(self._status, headers=self._headers, request=request)
+            raise httpx.ConnectTimeout("timed out", request=request)
+        return httpx.Response(self._status, headers=self._headers, request=request)
 
 
 @pytest.mark.parametrize("engine", ENGINES)

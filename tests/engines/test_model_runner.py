@@ -9,13 +9,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from small_batches import make_batch
 from small_models import add_lora, gradients, inputs_of, reference, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distrust.engines.torch import attention
-from distrust.engines.torch.layers import fuse
+from distrust.engines.torch import attention, loss
+from distrust.engines.torch.layers import fuse, linear
 from distrust.engines.torch.loss import chunked_losses
 from distrust.engines.torch.model_runner import ModelRunner
 
@@ -52,7 +53,7 @@ def check(
     training_losses = runner.train(batch, tokens=batch.tokens)
     for result in (evaluation_losses, training_losses):
         np.testing.assert_allclose(result.cross_entropy, losses.sum(axis=1), rtol=rounding)
-        weighted = (losses * batch.weights[:, 1:]).sum(axis=1)
+        weighted = (losses * batch.pad(batch.weights, filler=0)[:, 1:]).sum(axis=1)
         np.testing.assert_allclose(result.weighted, weighted, rtol=rounding)
     assert_close(gradients(model), expected, rounding=rounding)
     return runner
@@ -84,6 +85,21 @@ def test_with_checkpointed_layers(kind, rank):
     if rank:
         base.enable_input_require_grads()
     assert check(add_lora(base, rank=rank), base).uses_varlen
+
+
+def test_the_token_that_pads_does_not_matter():
+    batch, results = make_batch(), []
+    for pad_token_id in (2, 60):
+        base = small_model("cohere, scaled logits")
+        model = add_lora(base, rank=4)
+        base.set_attn_implementation("eager")  # examples that cannot share a row
+        runner = ModelRunner(base, compute_dtype=torch.float32, pad_token_id=pad_token_id)
+        assert not runner.uses_varlen
+        losses = runner.train(batch, tokens=batch.tokens)
+        results.append((losses.weighted, gradients(model)))
+    (one, gradients_of_one), (two, gradients_of_two) = results
+    assert np.array_equal(one, two)
+    assert all(torch.equal(gradients_of_one[name], gradients_of_two[name]) for name in gradients_of_one)
 
 
 def test_the_loss_is_that_of_transformers():
@@ -214,6 +230,64 @@ def test_chunked_losses_are_the_cross_entropy_of_all_logits(case, chunk_tokens):
         assert difference <= rounding * size + rounding * 0.1
 
 
+@settings(max_examples=60)
+@given(
+    logits=arrays(np.float64, (3, 5), elements=st.floats(-300, 300)),
+    weights=arrays(np.float64, 3, elements=st.sampled_from([0.0, 1e-9, 0.3, 2.0])),
+    differentiate=st.booleans(),
+)
+def test_few_passes_over_the_logits_round_them_once_or_twice(logits, weights, differentiate):
+    """The method for GPUs, in bfloat16: losses exact in float32, gradients to the precision of bfloat16."""
+    logits, weights = torch.from_numpy(logits).to(BFLOAT16), torch.from_numpy(weights)[:, None]
+    exact, targets = logits.double().requires_grad_(), torch.tensor([0, 4, 4])
+    expected = torch.nn.functional.cross_entropy(exact, targets, reduction="none")
+    (expected * weights[:, 0]).sum().backward()
+    losses, grad = loss._by_few_passes(logits, targets[:, None], weights.float(), differentiate)
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=1e-6, atol=1e-4)
+    if not differentiate:
+        assert grad is None
+        return
+    assert grad.dtype == BFLOAT16
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=2**-7, atol=1e-7)
+
+
+def test_a_gpu_has_larger_chunks_and_fewer_passes(monkeypatch):
+    """As on CUDA: the same losses and gradients as all logits, to rounding."""
+    monkeypatch.setattr(loss, "_method", lambda hidden: loss._by_few_passes)
+    dtypes = (BFLOAT16, BFLOAT16)
+    hidden, head, targets, weights = _head(
+        tokens=9, width=4, words=5, seed=0, dtypes=dtypes, trains=_ALL_TRAINED
+    )
+    total, losses = chunked_losses(hidden, head, targets, weights, chunk_tokens=4)
+    total.backward()
+    exact = [part.detach().double().requires_grad_() for part in (hidden, head.weight, head.bias)]
+    expected = torch.nn.functional.cross_entropy(
+        torch.nn.functional.linear(*exact), targets, reduction="none"
+    )
+    (expected * weights.double()).sum().backward()
+    torch.testing.assert_close(losses.double(), expected.detach(), rtol=0.05, atol=0.05)
+    for part, reference_part in zip((hidden, head.weight, head.bias), exact, strict=True):
+        difference = (part.grad.double() - reference_part.grad).norm()
+        assert difference <= 0.05 * reference_part.grad.norm()
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("dtype", [_FLOAT32, BFLOAT16])
+def test_the_device_has_the_loss_of_the_processor(device, dtype):
+    case = {"tokens": 300, "width": 16, "words": 1000, "seed": 0, "dtypes": (dtype, dtype)}
+    results = []
+    for where in ("cpu", device):
+        hidden, head, targets, weights = _head(**case, trains=_ALL_TRAINED)
+        hidden = hidden.detach().to(where).requires_grad_()
+        head = head.to(where)
+        total, losses = chunked_losses(hidden, head, targets.to(where), weights.to(where), chunk_tokens=128)
+        total.backward()
+        results.append([losses, hidden.grad, *(part.grad for part in head.parameters())])
+    for actual, expected in zip(results[1], results[0], strict=True):
+        difference = (actual.cpu().double() - expected.double()).norm()
+        assert difference <= (1e-5 if dtype == _FLOAT32 else 0.02) * expected.double().norm()
+
+
 def test_no_gradient_is_allocated_without_grad_mode(monkeypatch):
     """An evaluation with a trained head must not allocate a gradient of the size of the head."""
     head = torch.nn.Linear(4, 8)
@@ -252,3 +326,35 @@ def test_the_logits_never_exist_as_a_whole():
         )
         total.backward()
     assert largest.numbers == tokens * width  # all logits would be tokens * words
+
+
+@settings(max_examples=30)
+@given(tokens=st.integers(1, 60), chunk_tokens=st.integers(1, 40), part_tokens=st.integers(1, 12))
+def test_no_part_of_a_chunk_is_larger_than_its_limit(tokens, chunk_tokens, part_tokens):
+    """On a CPU, with a frozen head; a trained one sums its gradient over whole chunks."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(tokens, 8, generator=generator)
+    targets = torch.randint(23, (tokens,), generator=generator)
+    for is_frozen in (True, False):
+        head = torch.nn.Linear(8, 23, bias=False).requires_grad_(not is_frozen)
+        results, products = [], []
+
+        def record(inputs, *weights, products=products):
+            products.append(len(inputs))
+            return linear(inputs, *weights)
+
+        for limit in (10**9, part_tokens * 23):
+            products.clear()
+            inputs = hidden.clone().requires_grad_()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(loss, "PART_LOGITS", limit)
+                patch.setattr(loss, "linear", record)
+                weights = torch.ones(tokens)
+                total, each = chunked_losses(inputs, head, targets, weights, chunk_tokens=chunk_tokens)
+            total.backward()
+            results.append([total.detach(), each, inputs.grad])
+        limit = min(chunk_tokens, part_tokens) if is_frozen else chunk_tokens
+        assert max(products) <= limit
+        assert sum(products) == 2 * tokens  # forward and backward
+        for expected, actual in zip(*results, strict=True):
+            torch.testing.assert_close(expected, actual)

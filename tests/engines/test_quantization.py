@@ -6,7 +6,6 @@ import gc
 import importlib.util
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,14 @@ from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import MissingDependency, ResumeRefused
 from distrust.training.events import Evaluated, MemoryReset, StepEnded
 
+pytestmark = pytest.mark.device
 BITS = ["8bit", "4bit"]
 
 
 @pytest.fixture(scope="module")
-def options(tiny_model) -> dict[str, Any]:
-    return {"engine": "torch", "model": str(tiny_model), "lora_rank": 4, "threads": 1}
-
-
-@pytest.fixture
-def train(train):
-    """The shared fixture, on a GPU where there is one."""
-    return partial(train, device="auto")
+def options(tiny_model, device) -> dict[str, Any]:
+    usual = {"engine": "torch", "model": str(tiny_model), "lora_rank": 4, "threads": 1}
+    return {**usual, "device": device, "dtype": "float32"}
 
 
 def losses(events):
@@ -146,10 +141,16 @@ def test_a_missing_library_is_named(options, monkeypatch):
     assert "\n" not in str(refused.value)
 
 
-def test_packed_rows_in_8_bits_with_outliers(data, tmp_path):
+def test_packed_rows_in_8_bits_with_outliers(data, device, tmp_path):
     """The bundled model has outlier columns, which LLM.int8 keeps in full precision for a whole pass."""
     config = TrainConfig(
-        data=str(data), out=str(tmp_path), quantization="8bit", packing=True, max_steps=1, threads=1
+        data=str(data),
+        out=str(tmp_path),
+        quantization="8bit",
+        packing=True,
+        max_steps=1,
+        threads=1,
+        device=device,
     )
     ended = DistrustTrainer(config).train()
     assert ended.step == 1

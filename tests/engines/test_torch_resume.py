@@ -12,6 +12,7 @@ import torch
 
 from distrust import CheckpointManager, DistrustWarning, TrainConfig
 from distrust.engines import config_of, create_engine, open_checkpoint
+from distrust.engines.torch.engine import TorchEngine
 from distrust.errors import ConfigError, ResumeRefused
 from distrust.testing.models import make_model
 
@@ -34,18 +35,20 @@ def test_a_resumed_run_keeps_its_threads(train, tmp_path):
     torch.set_num_threads(2)
     try:
         ended, _ = train(tmp_path / "run", threads=None)
-        assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2  # of the program
     finally:
         torch.set_num_threads(1)
     assert ended.state_digest == train(tmp_path / "alone")[0].state_digest
 
 
+@pytest.mark.device
 def test_options_that_may_change_bits_warn(train, tmp_path):
     train(tmp_path, stop_after=3)
     with pytest.warns(DistrustWarning, match="no longer bit-identical: gradient_checkpointing was False"):
         train(tmp_path, gradient_checkpointing=True)
 
 
+@pytest.mark.device
 def test_other_weights_are_another_model(train, tmp_path):
     train(tmp_path / "run", stop_after=3)
     model = make_model(tmp_path / "other", seed=1)
@@ -56,11 +59,12 @@ def test_other_weights_are_another_model(train, tmp_path):
     assert train(tmp_path / "run", model=str(same))[0].step == 7
 
 
+@pytest.mark.device
 def test_a_checkpoint_records_what_it_trained(train, tmp_path, tiny_model, data):
     ended, _ = train(tmp_path, lambda_=0.5, max_ratio=3.0, target_modules=("q_proj",), lora_rank=2)
     manager = CheckpointManager(ended.path.parent)
     config = config_of(manager.inspect(7))
-    assert config == TrainConfig(  # not of its machine: out, save_every, threads
+    assert config == TrainConfig(  # not of its machine: out, save_every, threads, device
         model=str(tiny_model),
         data=str(data),
         max_steps=7,
@@ -70,7 +74,6 @@ def test_a_checkpoint_records_what_it_trained(train, tmp_path, tiny_model, data)
         warmup_steps=2,
         lora_dropout=0.2,
         engine="torch",
-        device="cpu",
         lambda_=0.5,
         max_ratio=3.0,
         target_modules=("q_proj",),
@@ -78,6 +81,7 @@ def test_a_checkpoint_records_what_it_trained(train, tmp_path, tiny_model, data)
         max_length=128,  # the model's context
         schedule_steps=7,
         weighting="monotone",  # what "auto" was, and the day of the run
+        dtype="float32",
         date=config.date,
     )
 
@@ -124,3 +128,30 @@ def test_invalid_target_modules(tiny_model):
 def test_a_length_beyond_the_models_context_is_refused(train, tmp_path):
     with pytest.raises(ConfigError, match="--max-length 129: the model's context is 128 tokens"):
         train(tmp_path, max_length=129)
+
+
+def test_a_state_that_is_loaded_to_the_device_resumes_bit_for_bit(train, tmp_path, monkeypatch):
+    """A run loads to the device that its engine names: here the CPU, by the way of other devices."""
+    loads: list[Any] = []
+    original = CheckpointManager.load, CheckpointManager.load_latest
+
+    def load(manager: CheckpointManager, *arguments: Any, **options: Any) -> Any:
+        loads.append(options["device"])
+        return original[not arguments](manager, *arguments, **options)
+
+    alone = train(tmp_path / "alone")[0]
+    train(tmp_path / "run", stop_after=3)
+    shutil.copytree(tmp_path / "run", tmp_path / "full")
+    monkeypatch.setattr(CheckpointManager, "load", load)
+    monkeypatch.setattr(CheckpointManager, "load_latest", load)
+    sizes = []
+    monkeypatch.setattr(TorchEngine, "device_for", lambda _, nbytes: sizes.append(nbytes) or "cpu")
+    assert train(tmp_path / "run", reload_every=5)[0].state_digest == alone.state_digest
+    assert loads == ["cpu", "cpu"]
+    file = CheckpointManager(alone.path.parent).inspect(7)
+    assert [size for size in sizes if size] == pytest.approx([file.bytes] * 2, rel=0.1)
+
+    loads.clear()
+    monkeypatch.setattr(TorchEngine, "device_for", lambda *_: None)  # no room
+    assert train(tmp_path / "full")[0].state_digest == alone.state_digest
+    assert loads == [None]

@@ -15,6 +15,7 @@ import warnings
 import zipfile
 from dataclasses import fields as fields_of
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -782,8 +783,18 @@ def test_a_training_does_not_start_next_to_one(tmp_path):
     with manager:
         manager.save(own_checkpoint(20))
     resume_point.require_startable(config, manager)
-    resumed, file = resume_point.find_resume_point(config, manager, framework="numpy")
+    engine = SimpleNamespace(framework="numpy", device_memory=lambda: None)
+    resumed, file = resume_point.find_resume_point(config, manager, engine)
     assert (resumed.step, file.step) == (20, 20)
+
+
+def test_a_branch_from_one_is_loaded_on_the_host_by_an_engine_on_a_device(tmp_path):
+    write_directory(tmp_path / "run" / "checkpoints" / "checkpoint-10")
+    config = TrainConfig(out=str(tmp_path / "run"), from_step=10, branch=str(tmp_path / "branch"))
+    engine = SimpleNamespace(framework="torch", device_memory=lambda: None, device_for=lambda _: "cpu")
+    manager = CheckpointManager(config.run_directory / "checkpoints")
+    resumed, file = resume_point.find_resume_point(config, manager, engine)
+    assert (resumed.step, file.step) == (10, 10)
 
 
 def test_renamed_folders_and_folders_of_other_programs(tmp_path):

@@ -26,7 +26,7 @@ names = {"ids": lambda case: case.name.replace(", ", "-").replace(" ", "_")}
 
 
 @pytest.fixture(scope="module")
-def start() -> Iterator[Start]:
+def start(forked_python) -> Iterator[Start]:
     """Runs a case once, until it ends or kills itself; returns the step at which it began."""
 
     def start(folder: Path, case: Case, keeper: str, kill: Kill | None = None) -> int | None:
@@ -39,7 +39,7 @@ def start() -> Iterator[Start]:
         began = re.search(r"^begins at (\d+)$", "\n".join(session.output()), re.MULTILINE)
         return int(began[1]) if began else None
 
-    with Forks(protocol.PROGRAM, protocol.IMPORTS, name="a fork") as forks:
+    with Forks(protocol.PROGRAM, protocol.IMPORTS, name="a fork", python=[forked_python]) as forks:
         yield start
 
 

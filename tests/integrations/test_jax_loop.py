@@ -30,10 +30,11 @@ for folder in folders:
 """
 
 
-def test_a_killed_loop_ends_as_an_undisturbed_one(run_python, tmp_path):
-    killed = run_python(CODE, 35, EXAMPLE, tmp_path / "killed")
+def test_a_killed_loop_ends_as_an_undisturbed_one(run_python, forked_jax, tmp_path):
+    killed = run_python(CODE, 35, EXAMPLE, tmp_path / "killed", python=forked_jax)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    result = run_python(CODE, 0, EXAMPLE, tmp_path / "killed", tmp_path / "undisturbed")
+    folders = (tmp_path / "killed", tmp_path / "undisturbed")
+    result = run_python(CODE, 0, EXAMPLE, *folders, python=forked_jax)
     end = r"finished at step 60: weights (\w{64})\n"
     # In the middle of the second epoch; the write of step 28 may have been in progress.
     ends = re.fullmatch(rf"resuming after step (?:21|28)\n{end}a new run\n{end}", result.stdout)

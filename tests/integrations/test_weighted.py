@@ -237,8 +237,9 @@ def test_a_weighted_trainer_is_our_trainer(folder, tmp_path, accumulation, kind)
     rows = []
     for batch in engine.batches:
         for i, number in enumerate(batch.examples):
-            length = batch.attention_mask[i].sum()
-            tokens = {name: getattr(batch, name)[i, :length].tolist() for name in ("input_ids", "labels")}
+            tokens = {
+                name: getattr(batch, name)[batch.sequences == i].tolist() for name in ("input_ids", "labels")
+            }
             rows.append({**tokens, **{key: records[number][key] for key in (*columns, "weight")}})
     data = Dataset.from_list(rows)
     make = plain_trainer if kind is Trainer else sft_trainer

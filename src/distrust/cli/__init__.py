@@ -63,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Warnings of libraries are for programmers. Those of this package are for users, one line each.
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", DistrustWarning)  # also repeated ones
-        # Except this one of torch: the run may not be bit-identical.
-        warnings.filterwarnings("once", message=".*does not have a deterministic implementation")
+        # Except those of torch about determinism: the run may not be bit-identical.
+        warnings.filterwarnings("once", message=".*determin")
         warnings.showwarning = _show_warning  # one line, without file and line number
         with _watchdog(verb):
             return _run(verb, arguments[1:])

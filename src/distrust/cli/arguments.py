@@ -34,12 +34,14 @@ def parser(verb: str, *, description: str, examples: Sequence[str]) -> argparse.
     )
 
 
-def add_checkpoint_options(arg: argparse.ArgumentParser) -> None:
-    """Add the options that choose a checkpoint of a run, and its base model."""
+def add_checkpoint_options(arg: argparse.ArgumentParser, *, device: bool = False) -> None:
+    """Add the options that choose a checkpoint of a run, its base model, and, if asked to, a device."""
     choice = arg.add_mutually_exclusive_group()
     choice.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest")
     choice.add_argument("--best", action="store_true", help="the best checkpoint, by the metric of the run")
     arg.add_argument("--model", help="folder or hub name of the base model, if it was moved")
+    if device:
+        arg.add_argument("--device", default="auto", help="as for distrust train, whatever the run has")
 
 
 def print_json(value: Any) -> None:

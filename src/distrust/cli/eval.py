@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> int:
     file, checkpoint = engines.read_checkpoint(options.target, step=options.step, best=options.best)
     names = ("eval_data", "eval_split", "source_column", "batch_size", "max_record_bytes", "cache_dir")
     replaced = attributes(options, *names)
-    changes: dict[str, Any] = {name: value for name, value in replaced.items() if value is not None}
+    device = attributes(options, "device")
+    changes: dict[str, Any] = device | {name: v for name, v in replaced.items() if v is not None}
     if "eval_data" in changes or "eval_split" in changes:
         changes["eval_fraction"] = 0.0  # evaluate on the given data, not on a share of the training data
     config = replace(engines.config_of(file, model=options.model), **changes)
@@ -44,7 +45,7 @@ def main(arguments: list[str]) -> int:
 
         with engines.base_model_errors(file, config.model, overridden=options.model is not None):
             data = read_evaluation(config, report=report)  # loads the model's tokenizer
-        engine = engines.engine_of(file, checkpoint, model=options.model)
+        engine = engines.engine_of(file, checkpoint, model=options.model, changes=device)
         measure = partial(evaluate, data=data, config=config, trained_on=trained_on)
         results = {"checkpoint": measure(engine)}
         if options.compare:
@@ -112,7 +113,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     arg.add_argument("--max-record-bytes", type=int, metavar="N", default=MAX_RECORD_BYTES, help=limit)
     cache = "folder for tokenized data; default: $DISTRUST_CACHE, or distrust in the user's cache folder"
     arg.add_argument("--cache-dir", metavar="FOLDER", help=cache)
-    add_checkpoint_options(arg)
+    add_checkpoint_options(arg, device=True)
     arg.add_argument("--compare", action="store_true", help="also evaluate the base model")
     arg.add_argument("--json", action="store_true", help="print one object")
     return arg.parse_args(arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,13 +35,14 @@ def main(arguments: list[str]) -> int:
     def generate(engine: Engine) -> list[str]:
         return [engines.generate(engine, prompt, **sampling) for prompt in prompts]
 
+    device = attributes(options, "device")
     engine, file = engines.open_checkpoint(
-        options.target, step=options.step, best=options.best, model=options.model
+        options.target, step=options.step, best=options.best, model=options.model, changes=device
     )
     columns = {"checkpoint": generate(engine)}
     if options.compare:
         del engine  # one model in memory at a time
-        base = engines.create_engine(engines.config_of(file, model=options.model))
+        base = engines.create_engine(replace(engines.config_of(file, model=options.model), **device))
         columns = {"base": generate(base), **columns}  # the base model first
 
     names = ("prompt", *columns)
@@ -103,7 +105,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     arg.add_argument("run", type=Path, nargs="?", help=NEWEST_INTACT)
     arg.add_argument("--checkpoint", type=Path, metavar="PATH", help="same as RUN")
-    add_checkpoint_options(arg)
+    add_checkpoint_options(arg, device=True)
     arg.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     arg.add_argument("--chat", action="store_true", help="answer each prompt as a user's message")
     arg.add_argument("--compare", action="store_true", help="also show the base model's text")

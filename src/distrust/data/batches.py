@@ -1,5 +1,8 @@
 """Batches: the arrays of one optimizer step, a pure function of the step number.
 
+A micro-batch is flat: its sequences follow each other, without padding. Whether rows are packed only decides
+how many examples it has.
+
 Weights travel per token, next to the labels: a loss that sees the labels also sees the weights, and no later
 stage has to look up which example a token belongs to.
 """
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,17 +25,18 @@ IGNORED = -100  # the label of a token that carries no loss; torch and transform
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """The input of one forward and backward pass: b sequences, right-padded to the longest, t tokens.
+    """The input of one forward and backward pass: b sequences of n tokens in all, one after the other.
 
     An example is one sequence, or several that follow each other.
 
     Labels and weights are at the position of the token that they describe: the loss shifts both by one.
     """
 
-    input_ids: NDArray[np.int64]  # [b, t]
-    attention_mask: NDArray[np.int64]  # [b, t], 1 for tokens, 0 for padding
-    labels: NDArray[np.int64]  # [b, t], the token where it is trained, else IGNORED; not shifted
-    weights: NDArray[np.float32]  # [b, t], the weight of a trained token, else 0
+    input_ids: NDArray[np.int64]  # [n]
+    positions: NDArray[np.int64]  # [n], each token's position in its sequence, from 0
+    cu_seqlens: NDArray[np.int32]  # [b + 1], where each sequence begins, and n (cumulative lengths)
+    labels: NDArray[np.int64]  # [n], the token where it is trained, else IGNORED; not shifted
+    weights: NDArray[np.float32]  # [n], the weight of a trained token, else 0
     distrust: NDArray[np.float64]  # [b], the published term α·r² of its example; for the log only
     examples: NDArray[np.int64]  # [b], the number of its example in the corpus
 
@@ -39,6 +44,29 @@ class MicroBatch:
     def tokens(self) -> int:
         """The number of trained tokens."""
         return int(np.count_nonzero(self.labels != IGNORED))
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """int64[b], the tokens of each sequence."""
+        return np.diff(self.cu_seqlens).astype(np.int64)
+
+    @property
+    def sequences(self) -> NDArray[np.int64]:
+        """int64[n], the sequence of each token, 0 to b - 1."""
+        return np.repeat(np.arange(len(self.examples)), self.lengths)
+
+    @property
+    def trained_tokens(self) -> NDArray[np.int64]:
+        """int64[b], the number of trained tokens of each sequence."""
+        trained = self.sequences[self.labels != IGNORED]
+        return np.bincount(trained, minlength=len(self.examples))
+
+    def pad(self, values: NDArray[Any], *, filler: Any) -> NDArray[Any]:
+        """Values [n] as [b, t]: a row for each sequence, padded on the right to the longest."""
+        lengths = self.lengths
+        padded = np.full((len(lengths), lengths.max()), filler, values.dtype)
+        padded[np.arange(padded.shape[1]) < lengths[:, None]] = values
+        return padded
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -56,7 +84,6 @@ class Batches:
     rows: PackedRows  # which examples share a row
     batch_size: int  # the rows of a micro-batch
     gradient_accumulation: int  # the micro-batches of a step
-    pad_token_id: int  # fills padding, which is masked and carries no loss
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.gradient_accumulation < 1:
@@ -91,11 +118,11 @@ class Batches:
         return [
             batch
             for examples in map(self.rows.examples, rows)
-            for batch in _collate(self.corpus, examples, self.weights, self.distrust, self.pad_token_id)
+            for batch in _collate(self.corpus, examples, self.weights, self.distrust)
         ]
 
 
-def evaluation_batches(corpus: Corpus, *, batch_size: int, pad_token_id: int) -> Iterator[MicroBatch]:
+def evaluation_batches(corpus: Corpus, *, batch_size: int) -> Iterator[MicroBatch]:
     """Every example once, in corpus order, with weight 1 and a published term of 0.
 
     The last batch may have fewer than ``batch_size`` examples; ValueError if that is less than 1.
@@ -105,7 +132,7 @@ def evaluation_batches(corpus: Corpus, *, batch_size: int, pad_token_id: int) ->
     weights, distrust = np.ones(len(corpus)), np.zeros(len(corpus))
     for start in range(0, len(corpus), batch_size):
         examples = np.arange(start, min(start + batch_size, len(corpus)), dtype=np.int64)
-        yield from _collate(corpus, examples, weights, distrust, pad_token_id)
+        yield from _collate(corpus, examples, weights, distrust)
 
 
 def _collate(
@@ -113,35 +140,33 @@ def _collate(
     examples: NDArray[np.int64],  # [b]
     weights: NDArray[np.float64],  # [n], as distrust
     distrust: NDArray[np.float64],
-    pad_token_id: int,
 ) -> Iterator[MicroBatch]:
     """Yield the sequences of b of n examples, no more than b at once, so that memory is bounded."""
     sequences = np.stack(_sequences(corpus, examples))  # int64[3, s]
     for first in range(0, sequences.shape[1], len(examples)):
-        yield _pad(corpus, sequences[:, first : first + len(examples)], weights, distrust, pad_token_id)
+        yield _gather(corpus, sequences[:, first : first + len(examples)], weights, distrust)
 
 
-def _pad(
+def _gather(
     corpus: Corpus,
     sequences: NDArray[np.int64],  # [3, b], the start, the length and the example of each
     weights: NDArray[np.float64],  # [n], as distrust
     distrust: NDArray[np.float64],
-    pad_token_id: int,
 ) -> MicroBatch:
-    """Gather b sequences and pad them."""
+    """Gather b sequences."""
     starts, lengths, examples = sequences
-    position = np.arange(lengths.max(), dtype=np.int64)  # [t]
-    is_token = position < lengths[:, None]  # bool[b, t]
-    # Padding reads the sequence's first token: any valid index will do, it is masked out below.
-    source = starts[:, None] + np.where(is_token, position, 0)  # int64[b, t]
+    edges = np.concatenate([[0], np.cumsum(lengths)])  # int64[b + 1]
+    positions = np.arange(edges[-1]) - np.repeat(edges[:-1], lengths)  # int64[n]
+    source = np.repeat(starts, lengths) + positions  # int64[n], index in the corpus
     tokens = corpus.input_ids[source].astype(np.int64)
-    trained = is_token & corpus.loss_mask[source]  # bool[b, t]
+    trained = corpus.loss_mask[source]  # bool[n]
     factors = 1 if corpus.token_weights is None else corpus.token_weights[source]
     return MicroBatch(
-        input_ids=np.where(is_token, tokens, pad_token_id),
-        attention_mask=is_token.astype(np.int64),
+        input_ids=tokens,
+        positions=positions,
+        cu_seqlens=edges.astype(np.int32),
         labels=np.where(trained, tokens, IGNORED),
-        weights=np.where(trained, weights[examples, None] * factors, 0).astype(np.float32),
+        weights=np.where(trained, np.repeat(weights[examples], lengths) * factors, 0).astype(np.float32),
         distrust=distrust[examples],
         examples=examples,
     )

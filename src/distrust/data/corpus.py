@@ -148,6 +148,15 @@ class Corpus:
         return self.offsets if self.sequence_offsets is None else self.sequence_offsets
 
     @property
+    def sequences(self) -> int:
+        """The number of sequences of the n examples."""
+        if self.sequence_offsets is None:
+            return len(self)
+        edges = self.starts, self.starts + self.lengths
+        first, last = (np.searchsorted(self.sequence_offsets, edge) for edge in edges)
+        return int((last - first).sum())
+
+    @property
     def class_numbers(self) -> NDArray[np.int32]:
         """int32[n], the source class of each example, an index into ``classes``."""
         return np.zeros(len(self), np.int32) if self.class_of is None else self.class_of

@@ -74,7 +74,7 @@ def open_checkpoint(
         step: select this step of a run or directory.
         best: select the best checkpoint by the run's own metric.
         model: where the base model is now, if it was moved: a folder or a hub name.
-        changes: options that replace the run's, such as the device.
+        changes: options that replace the run's, or the device, which is otherwise this machine's choice.
 
     Raises:
         CheckpointError: if there is no such checkpoint, or it is damaged.
@@ -105,10 +105,11 @@ def engine_of(
 
 
 def config_of(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:
-    """Like :func:`recorded_config`, with the names of the modules that were adapted."""
+    """Like :func:`recorded_config`, on any device, with the names of the modules that were adapted."""
     selection = RunRecord.from_header(file.header).environment.get("target_modules")
     tensors = [tensor.name.removeprefix("model.") for tensor in file.header.tensors]
-    return as_trained(recorded_config(file, model=model), selection, tensors, where=str(file.path))
+    config = replace(recorded_config(file, model=model), device="auto")  # it may be another machine
+    return as_trained(config, selection, tensors, where=str(file.path))
 
 
 def recorded_config(file: CheckpointFile, *, model: str | None = None) -> TrainConfig:

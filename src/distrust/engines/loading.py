@@ -21,7 +21,8 @@ from distrust.config import BUNDLED, MODEL_OBJECT
 from distrust.config_text import is_template
 from distrust.data import hub, turn_ends
 from distrust.engines import model_folder
-from distrust.errors import ConfigError, ModelError, quote_untrusted
+from distrust.engines.out_of_memory import describe, is_out_of_memory
+from distrust.errors import ConfigError, ModelError, OutOfMemory, quote_untrusted
 from distrust.options import read_text, suggest_name
 from distrust.paths import require_regular_files
 
@@ -200,8 +201,10 @@ def require_vocabulary(tokenizer: Any, embedding_rows: int, *, name: str) -> Non
         )
 
 
-def load_error(name: str, error: Exception) -> ModelError:
+def load_error(name: str, error: Exception) -> ModelError | OutOfMemory:
     """The one-line error for a model that a library failed to load."""
+    if is_out_of_memory(error):
+        return describe(error, "load")
     source, local = locate(name)
     reason = _known_reason(error, folder=Path(source)) if local else _hub_reason(name, error)
     if reason is None and "trust_remote_code" in str(error):  # never repeat the library's advice to set it
@@ -248,16 +251,17 @@ def _hub_reason(name: str, error: Exception) -> str | None:
     return f"{reason}; is the name right? A folder is ./{name}"
 
 
-def fingerprint(weights: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:
+def fingerprint(weights: Iterable[tuple[str, str, tuple[int, ...], Iterable[Any]]]) -> str:
     """BLAKE3, in hexadecimal, over the weights of a model in order of their names: equal in both frameworks.
 
-    Each weight is its name, dtype (such as ``float32``), shape, and a buffer of its bytes.
+    Each weight is its name, dtype (such as ``float32``), shape, and buffers of its bytes.
     """
     hasher = tensor_hasher(all_cores=True)
-    for name, dtype, shape, data in weights:
+    for name, dtype, shape, pieces in weights:
         # "torch." for every engine: the first runs recorded it so, and fingerprints must stay comparable.
         hasher.update(f"{name} torch.{dtype} {shape}\n".encode())
-        hasher.update(data)
+        for piece in pieces:
+            hasher.update(piece)
     return hasher.hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""What both engines share: devices, seeds, exhausted memory, the trial of packing, sums of losses.
+"""What both engines share: devices, seeds, the trial of packing, sums of losses.
 
 A runner packs several examples into one row only if the model keeps them independent. That is tested on a few
 tokens and not inferred from the model's name: no output may change by one bit when the other example changes,
@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from distrust.config import Device
-from distrust.contract import Losses
-from distrust.errors import ConfigError, ErrorTranslator, ModelError, OutOfMemory
+from distrust.contract import LossSums
+from distrust.data import IGNORED, MicroBatch
+from distrust.engines.out_of_memory import raise_if_out_of_memory
+from distrust.errors import ConfigError, ModelError
 
 Array = np.ndarray[Any, Any]
 #: (token ids int64[n], lengths of the examples) -> outputs float32[n, ...], and the dtype computed in.
@@ -29,14 +30,15 @@ TRIAL_TOLERANCE = {"float32": 1e-3, "bfloat16": 1e-1}
 CAUSAL_TOLERANCE = 1e-4
 
 
-def choose_device(requested: Device, available: Mapping[Device, bool], *, engine: str) -> Device:
+def choose_device(requested: str, available: Mapping[str, bool], *, engine: str) -> str:
     """The device that ``--device`` selects; ConfigError if this machine, or this build, does not have it."""
     usable = [name for name, is_available in available.items() if is_available]
     if requested == "auto":
         return usable[0]
     if requested not in usable:
         raise ConfigError(
-            f"--device {requested}: not available to {engine} here; available: {', '.join(usable)}"
+            f"--device {requested}: not available to {engine} here; give --device with one of: "
+            f"auto, {', '.join(usable)}"
         )
     return requested
 
@@ -47,30 +49,26 @@ def micro_step_seed(*, seed: int, step: int, micro_step: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # generators take a signed 64-bit integer
 
 
-def translate_out_of_memory(*phrases: str) -> ErrorTranslator:
-    """Context manager that raises OutOfMemory, with the options that help, for a framework's own errors.
-
-    The lower-case ``phrases`` identify them among plain RuntimeErrors; a subclass always is one.
-    """
-
-    def translate(error: Exception) -> Exception:
-        reason = " ".join(str(error).split())
-        if type(error) is RuntimeError and not any(phrase in reason.lower() for phrase in phrases):
-            return error
-        return OutOfMemory(
-            "there is not enough memory for a step: lower --batch-size (and raise --gradient-accumulation) "
-            f"or --max-length, or add --gradient-checkpointing ({reason[:200]})"
-        )
-
-    return ErrorTranslator((MemoryError, RuntimeError), translate)
-
-
 def trial_ids(vocabulary: int, *, change: int | None = None) -> Array:
     """Token ids of two examples, int64[12]; ``change`` replaces all tokens of example 0 or 1."""
     ids = np.arange(sum(TRIAL_LENGTHS))
     example = np.repeat([0, 1], TRIAL_LENGTHS)
     shifted: Array = ids + len(ids) * (example == change)
     return shifted % vocabulary  # small vocabularies have fewer ids
+
+
+def trial_batch(vocabulary: int) -> MicroBatch:
+    """The two examples as a micro-batch; every token but the first of each is trained."""
+    ids, positions = trial_ids(vocabulary), np.concatenate([np.arange(length) for length in TRIAL_LENGTHS])
+    return MicroBatch(
+        input_ids=ids,
+        positions=positions,
+        cu_seqlens=np.cumsum([0, *TRIAL_LENGTHS], dtype=np.int32),
+        labels=np.where(positions > 0, ids, IGNORED),
+        weights=(positions > 0).astype(np.float32),
+        distrust=np.zeros(2),
+        examples=np.arange(2),
+    )
 
 
 def keeps_examples_independent(forward: Forward, *, vocabulary: int) -> bool:
@@ -81,7 +79,8 @@ def keeps_examples_independent(forward: Forward, *, vocabulary: int) -> bool:
         second_changed, _ = forward(trial_ids(vocabulary, change=1), TRIAL_LENGTHS)
         first_changed, _ = forward(trial_ids(vocabulary, change=0), TRIAL_LENGTHS)
         alone, _ = forward(trial_ids(vocabulary)[cut:], TRIAL_LENGTHS[1:])
-    except Exception:  # a model's code may raise anything when it is called in an unforeseen way
+    except Exception as error:  # a model's code may raise anything when it is called in an unforeseen way
+        raise_if_out_of_memory(error)
         return False
     # Bit for bit: any leak shows.
     if not np.array_equal(packed[:cut], second_changed[:cut]):
@@ -112,8 +111,7 @@ def require_causal(
         outputs, dtype = forward(trial_ids(vocabulary))
         later_changed, _ = forward(trial_ids(vocabulary, change=1))
     except Exception as error:  # a model's code may raise anything
-        if isinstance(error, (MemoryError, RuntimeError)) and "memory" in str(error).lower():
-            raise  # the caller says what to do
+        raise_if_out_of_memory(error)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ModelError(
             f"--model {name}: its forward pass fails on a few tokens ({reason}); if it works without an "
@@ -132,8 +130,8 @@ def require_causal(
         )
 
 
-def sum_per_example(losses: Array, weights: Array, examples: Array, *, count: int) -> Losses:
-    """Sum losses [m] of trained tokens, plain and times ``weights`` [m], for each of ``count`` examples."""
+def sum_per_sequence(losses: Array, weights: Array, sequences: Array, *, count: int) -> LossSums:
+    """Sum losses [m] of trained tokens, plain and times ``weights`` [m], for each of ``count`` sequences."""
     wide = losses.astype(np.float64)  # on the host: MPS has no float64
-    plain, weighted = (np.bincount(examples, values, count) for values in (wide, wide * weights))
-    return Losses(cross_entropy=plain, weighted=weighted)
+    plain, weighted = (np.bincount(sequences, values, count) for values in (wide, wide * weights))
+    return LossSums(cross_entropy=plain, weighted=weighted)

@@ -95,7 +95,7 @@ def export(
     export_format = format or _default_format(config, file)
     _require_possible(export_format, config, file, to)
     if dtype is None:
-        dtype = config.dtype if export_format == "merged" else "float32"
+        dtype = config.dtype if export_format == "merged" and config.dtype != "auto" else "float32"
     base = config.model if model is None else model
     # Everything that can fail because of the model fails here, before anything is written.
     write = _prepare(export_format, file, checkpoint, file_name=to.name, base=base, model=model, dtype=dtype)

@@ -6,12 +6,12 @@ token, with dropout. It is as deterministic as the torch engine, and a thousand 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import numpy as np
 
-from distrust.contract import EngineState, Losses, MemoryUse
+from distrust.contract import DeviceMemory, EngineState, LossSums
 from distrust.data import IGNORED, MicroBatch
 from distrust.errors import ResumeRefused
 
@@ -50,6 +50,7 @@ class ToyEngine:
     """Implements ``Engine``."""
 
     framework: Literal["numpy", "torch"] = "numpy"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     context_length: int | None = None
     adapted: tuple[str, ...] = ()
 
@@ -88,17 +89,22 @@ class ToyEngine:
     def restore_environment(self, recorded: dict[str, Any]) -> None:
         self.threads_restored = recorded["threads"]
 
+    @property
+    def prepare(self) -> Callable[[MicroBatch], MicroBatch]:
+        return lambda batch: batch
+
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
         if micro_step == 0:
             self._gradient[:] = 0  # an interrupted step may have left some
         self._rng = np.random.default_rng([seed, step, micro_step])  # by these three, and nothing else
 
-    def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
+    def micro_step(self, batch: MicroBatch, *, tokens: int) -> LossSums:
         keep = self._rng.random(self._table.shape) >= self._dropout
         losses, grad_logits = self._forward(batch, self._table * keep)
-        for row, column in np.argwhere(batch.labels[:, 1:] != IGNORED):
-            token = batch.input_ids[row, column]
-            weight = batch.weights[row, column + 1]  # of the predicted token
+        ids, labels, weights = _pad(batch)
+        for row, column in np.argwhere(labels[:, 1:] != IGNORED):
+            token = ids[row, column]
+            weight = weights[row, column + 1]  # of the predicted token
             self._gradient[token] += grad_logits[row, column] * weight * keep[token] / tokens
         return losses
 
@@ -121,7 +127,7 @@ class ToyEngine:
     def is_finite(self) -> bool:
         return all(np.isfinite(array).all() for array in (self._table, self._first, self._second))
 
-    def evaluate(self, batch: MicroBatch) -> Losses:
+    def evaluate(self, batch: MicroBatch) -> LossSums:
         return self._forward(batch, self._table)[0]
 
     def state(self) -> EngineState:
@@ -140,17 +146,18 @@ class ToyEngine:
         self._updates = state.optimizer["updates"]
         self._rng.bit_generator.state = state.rng
 
-    def device_memory(self) -> MemoryUse | None:
+    def device_memory(self) -> DeviceMemory | None:
         return None
 
     def close(self) -> None:
         self.closed = True
 
-    def _forward(self, batch: MicroBatch, table: Any) -> tuple[Losses, Any]:
-        logits = (self._base + table)[batch.input_ids[:, :-1]]
+    def _forward(self, batch: MicroBatch, table: Any) -> tuple[LossSums, Any]:
+        ids, labels, weights = _pad(batch)
+        logits = (self._base + table)[ids[:, :-1]]
         shifted = logits - logits.max(axis=2, keepdims=True)  # so that exp does not overflow
         log_probabilities = shifted - np.log(np.exp(shifted).sum(axis=2, keepdims=True))
-        labels = batch.labels[:, 1:]
+        labels = labels[:, 1:]
         is_trained = labels != IGNORED
         rows, columns = np.indices(labels.shape)
         target = (rows, columns, np.where(is_trained, labels, 0))  # any index where the label is ignored
@@ -158,5 +165,11 @@ class ToyEngine:
         plain[np.isin(batch.examples, list(self.poisoned))] *= np.nan
         grad_logits = np.exp(log_probabilities)  # of cross-entropy: softmax minus one-hot
         grad_logits[target] -= 1
-        weighted = plain * batch.weights[:, 1:]
-        return Losses(plain.sum(axis=1), weighted.sum(axis=1)), grad_logits
+        weighted = plain * weights[:, 1:]
+        return LossSums(plain.sum(axis=1), weighted.sum(axis=1)), grad_logits
+
+
+def _pad(batch: MicroBatch) -> tuple[Any, Any, Any]:
+    """Token ids, labels and weights, [b, t] each."""
+    ids, labels = batch.pad(batch.input_ids, filler=0), batch.pad(batch.labels, filler=IGNORED)
+    return ids, labels, batch.pad(batch.weights, filler=0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -19,8 +19,8 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import get_total_parameters
 
 from distrust.checkpoint.memory import return_freed_memory
-from distrust.config import TrainConfig
-from distrust.contract import DEFAULT_MAX_LENGTH, EngineState, Losses, MemoryUse
+from distrust.config import Precision, TrainConfig
+from distrust.contract import DEFAULT_MAX_LENGTH, DeviceMemory, EngineState, Losses
 from distrust.data import MicroBatch
 from distrust.engines import state_conversion
 from distrust.engines.loading import (
@@ -34,12 +34,9 @@ from distrust.engines.loading import (
 from distrust.engines.mlx import adapter, layers, model, runtime
 from distrust.engines.mlx.model_runner import ModelRunner
 from distrust.engines.mlx.optimizer import AdamW
-from distrust.engines.runtime import translate_out_of_memory
+from distrust.engines.out_of_memory import out_of_memory
 from distrust.engines.target_modules import Selection, layer_of
 from distrust.errors import warn
-
-#: In the RuntimeErrors of mlx's allocators.
-_OUT_OF_MEMORY = ("alloc", "out of memory", "insufficient memory")
 
 
 class MlxEngine:
@@ -50,13 +47,18 @@ class MlxEngine:
     """
 
     framework: Literal["mlx"] = "mlx"
+    release_memory = staticmethod(runtime.release_memory)
 
+    @out_of_memory("load")
     def __init__(self, config: TrainConfig) -> None:
         self._device = runtime.choose_device(config.device)
+        on_cpu = self._device.type == mx.DeviceType.cpu
+        automatic: Precision = "float32" if on_cpu else "bfloat16"
+        self.dtype = automatic if config.dtype == "auto" else config.dtype
         mx.set_default_device(self._device)
         return_freed_memory()
         self.tokenizer: Any = load_tokenizer(config.model, chat_template=config.chat_template)
-        base_dtype = config.dtype if config.lora_rank else "float32"
+        base_dtype = self.dtype if config.lora_rank else "float32"
         self._model, self._config = model.load_model(config.model, dtype=base_dtype)
         rows = model.text_entry(self._config, "vocab_size") or len(self.tokenizer)
         require_vocabulary(self.tokenizer, rows, name=config.model)
@@ -65,7 +67,6 @@ class MlxEngine:
         model.quantize(self._model, config.quantization)
         self.context_length: int | None = context_length(self._config)
         self._gradient_checkpointing = config.gradient_checkpointing
-        on_cpu = self._device.type == mx.DeviceType.cpu
         # Products by columns do not pay with Apple's own library, nor on a GPU.
         self._by_columns = on_cpu and sys.platform != "darwin" and config.lora_rank > 0
         if self._by_columns:
@@ -86,8 +87,7 @@ class MlxEngine:
         self.adapted = self._selection.lines
         self.parameters = trained, base_parameters + (trained if config.lora_rank else 0)
         self._runner = self._create_runner(config)
-        with translate_out_of_memory(*_OUT_OF_MEMORY):
-            self._runner.require_causal(config.model)
+        self._runner.require_causal(config.model)
         self._warn_of_unlimited_window(config)
         self._optimizer = AdamW(self._trained, config, compiled=self._compiled)
         self._gradients: dict[str, mx.array] | None = None  # sums over the micro-batches of the step
@@ -122,18 +122,24 @@ class MlxEngine:
     def restore_environment(self, recorded: dict[str, Any]) -> None:
         """Nothing to apply: mlx has no number of threads."""
 
+    @property
+    def prepare(self) -> Callable[[MicroBatch], MicroBatch]:
+        """Place a batch into the rows that the passes take."""
+        return out_of_memory("step")(self._runner.prepare)
+
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
         """Seed the random generator; the first micro-step clears the gradients."""
         if micro_step == 0:
             self._gradients = None
         runtime.reseed(seed=seed, step=step, micro_step=micro_step)
 
+    @out_of_memory("step")
     def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
-        with translate_out_of_memory(*_OUT_OF_MEMORY):
-            losses, self._gradients = self._runner.train(self._trained, self._gradients, batch, tokens=tokens)
+        losses, self._gradients = self._runner.train(self._trained, self._gradients, batch, tokens=tokens)
         return losses
 
+    @out_of_memory("step")
     def clip_gradients(self, max_norm: float) -> float:
         """Scale the gradients down to ``max_norm`` (0: leave them); returns the norm before clipping."""
         assert self._gradients is not None  # noqa: S101 - a step begins with a micro-step
@@ -144,6 +150,7 @@ class MlxEngine:
             self._gradients = {name: gradient * factor for name, gradient in self._gradients.items()}
         return norm
 
+    @out_of_memory("update")
     def update(self, *, learning_rate: float) -> None:
         """Take one step of AdamW."""
         assert self._gradients is not None  # noqa: S101 - a step begins with a micro-step
@@ -155,11 +162,12 @@ class MlxEngine:
         arrays = [*self._trained.values(), *self._optimizer.m.values(), *self._optimizer.v.values()]
         return bool(mx.stack([mx.isfinite(array).all() for array in arrays]).all())
 
+    @out_of_memory("evaluate")
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout."""
-        with translate_out_of_memory(*_OUT_OF_MEMORY):
-            return self._runner.evaluate(self._trained, batch)
+        return self._runner.evaluate(self._trained, batch)
 
+    @out_of_memory("generate")
     def sample_tokens(
         self, ids: list[int], *, limit: int, temperature: float, top_p: float | None, seed: int, chat: bool
     ) -> list[int]:
@@ -186,6 +194,7 @@ class MlxEngine:
             rng=runtime.rng_state(),
         )
 
+    @out_of_memory("load")
     def load_state(self, state: EngineState) -> None:
         """Load a state of either engine; ResumeRefused changes nothing."""
         state = state_conversion.to_mlx(state)
@@ -201,20 +210,20 @@ class MlxEngine:
         self._optimizer.v = _load_arrays(state.optimizer["v"], names)
         runtime.load_rng_state(state.rng)
 
-    def device_memory(self) -> MemoryUse | None:
-        """Bytes allocated on the device, mlx's cache included; None where that is the host's memory."""
-        return runtime.memory_use(self._device)
+    def device_memory(self) -> DeviceMemory | None:
+        """Memory used on the device; None on a CPU."""
+        return runtime.device_memory(self._device)
 
     def close(self) -> None:
         """Release model, optimizer and caches."""
         del self._model, self._runner, self._trained, self._optimizer, self.tokenizer, self._gradients
-        runtime.release_memory()
+        self.release_memory()
 
     def _create_runner(self, config: TrainConfig) -> ModelRunner:
-        casts = not config.lora_rank and config.dtype != "float32"  # float32 weights, other products
+        casts = not config.lora_rank and self.dtype != "float32"  # float32 weights, other products
         return ModelRunner(
             self._model,
-            compute_dtype=getattr(mx, config.dtype) if casts else None,
+            compute_dtype=getattr(mx, self.dtype) if casts else None,
             frozen_head=all(layer_of(name) is not None for name in self._trained),
             by_columns=self._by_columns,
             compiled=self._compiled,

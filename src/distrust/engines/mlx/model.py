@@ -103,7 +103,7 @@ def quantize(model: Any, quantization: Quantization) -> None:
     )
 
 
-def named_weights(model: Any, *, name: str) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
+def named_weights(model: Any, *, name: str) -> Iterator[tuple[str, str, tuple[int, ...], list[Any]]]:
     """Weights in the form that :func:`distrust.engines.loading.fingerprint` takes.
 
     Raises ModelError for one that is not finite: the first loss would not be, either.
@@ -112,7 +112,7 @@ def named_weights(model: Any, *, name: str) -> Iterator[tuple[str, str, tuple[in
         if mx.issubdtype(array.dtype, mx.floating) and not mx.isfinite(array).all().item():
             raise not_finite(name, label)
         host: Any = mx.view(mx.contiguous(array).reshape(-1), mx.uint8)
-        yield label, dtype_name(array), tuple(array.shape), memoryview(host)
+        yield label, dtype_name(array), tuple(array.shape), [memoryview(host)]
 
 
 class _BuildLimit(model_folder.BuildLimit):

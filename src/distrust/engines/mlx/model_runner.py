@@ -12,8 +12,9 @@ A trial on a few tokens decides whether a method is exact for this model, as in 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,12 +26,13 @@ from distrust.contract import Losses
 from distrust.data import IGNORED, MicroBatch
 from distrust.engines.mlx.layers import linear
 from distrust.engines.mlx.loss import Head, chunked_losses, token_losses
+from distrust.engines.out_of_memory import raise_if_out_of_memory
 from distrust.engines.runtime import (
     Array,
     has_experts,
     keeps_examples_independent,
     require_causal,
-    sum_per_example,
+    sum_per_sequence,
     trial_ids,
 )
 from distrust.engines.state_conversion import dtype_name
@@ -42,41 +44,42 @@ Arrays = Mapping[str, mx.array]
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
-    """A micro-batch on the host: b examples in r rows of t tokens, m of them trained, padded to n."""
+class Rows(MicroBatch):
+    """A micro-batch on the host: b sequences in r rows of t tokens, m of them trained, padded to k."""
 
-    input_ids: Array  # int32[r, t]
-    segments: Array | None  # int32[r, t], each token's example, -1 for padding; None: each has its own row
-    predictor_index: Array  # int32[n], index in the flattened rows of the token that predicts a trained one
-    targets: Array  # int32[n], the trained tokens
-    token_weights: Array  # float32[n], 0 for padding
-    examples: Array  # int64[m], the example of each trained token, 0 to b - 1
-    count: int  # b
+    row_ids: Array  # int32[r, t]
+    segments: Array | None  # int32[r, t], each token's sequence, -1 for padding; None: each has its own row
+    predictor_index: Array  # int32[k], index in the flattened rows of the token that predicts a trained one
+    targets: Array  # int32[k], the trained tokens
+    token_weights: Array  # float32[k], 0 for padding
+    trained_sequences: Array  # int64[m], the sequence of each trained token
 
     @classmethod
-    def of(cls, batch: MicroBatch, *, share: bool, multiple: int) -> _Rows:
-        """Place the examples into rows, several in one if they ``share``; ``multiple`` divides t and n."""
-        lengths = batch.attention_mask.sum(axis=1)  # [b]
+    def of(cls, batch: MicroBatch, *, share: bool, multiple: int) -> Self:
+        """Place the sequences into rows, several in one if they ``share``; ``multiple`` divides t and k.
+
+        A prepared batch is returned as it is.
+        """
+        if isinstance(batch, cls):
+            return batch
+        lengths, sequences = batch.lengths, batch.sequences  # [b], [n]
         row_of, start_of = _first_fit(lengths) if share else (np.arange(len(lengths)), np.zeros_like(lengths))
         shape = int(row_of.max()) + 1, _round_up(int(lengths.max()), multiple)
-        input_ids = np.zeros(shape, np.int32)
-        segments = np.full(shape, -1, np.int32)
-        for example, length in enumerate(lengths):
-            target = row_of[example], slice(start_of[example], start_of[example] + length)
-            input_ids[target] = batch.input_ids[example, :length]
-            segments[target] = example
-        trained = batch.labels != IGNORED  # never an example's first token: none predicts it
-        examples, positions = np.nonzero(trained)  # [m]
-        predictor_index = row_of[examples] * shape[1] + start_of[examples] + positions - 1
-        padding = (0, _round_up(len(examples), multiple) - len(examples))
+        row_ids, segments = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        cells = row_of[sequences], start_of[sequences] + batch.positions  # row and column of each token
+        row_ids[cells] = batch.input_ids
+        segments[cells] = sequences
+        trained = batch.labels != IGNORED  # never a sequence's first token: none predicts it
+        predictor_index = np.ravel_multi_index(cells, shape)[trained] - 1
+        padding = (0, _round_up(len(predictor_index), multiple) - len(predictor_index))
         return cls(
-            input_ids=input_ids,
+            **{field.name: getattr(batch, field.name) for field in fields(MicroBatch)},
+            row_ids=row_ids,
             segments=segments if shape[0] < len(lengths) else None,
             predictor_index=np.pad(predictor_index.astype(np.int32), padding),
             targets=np.pad(batch.labels[trained].astype(np.int32), padding),
             token_weights=np.pad(batch.weights[trained], padding),
-            examples=examples,
-            count=len(batch.examples),
+            trained_sequences=sequences[trained],
         )
 
     def to_device(self, *, scale: float) -> tuple[mx.array | None, ...]:
@@ -84,13 +87,17 @@ class _Rows:
         segments = None if self.segments is None else mx.array(self.segments)
         token_weights = mx.array(self.token_weights * np.float32(scale))
         predictor_index, targets = mx.array(self.predictor_index), mx.array(self.targets)
-        return mx.array(self.input_ids), segments, predictor_index, targets, token_weights
+        return mx.array(self.row_ids), segments, predictor_index, targets, token_weights
 
     def sum_losses(self, losses: mx.array) -> Losses:
-        """Sum float32[n] losses for each example."""
-        trained = len(self.examples)  # padding is at the end
-        host = np.asarray(losses)[:trained]
-        return sum_per_example(host, self.token_weights[:trained], self.examples, count=self.count)
+        """Sum float32[n] losses for each sequence."""
+        trained = len(self.trained_sequences)  # padding is at the end
+        return sum_per_sequence(
+            np.asarray(losses)[:trained],
+            self.token_weights[:trained],
+            self.trained_sequences,
+            count=len(self.examples),
+        )
 
 
 class _SegmentMask:
@@ -146,14 +153,14 @@ class ModelRunner:
 
         ``gradients`` is the sum over the earlier micro-batches of the step, None for the first.
         """
-        rows = self._rows(batch)
+        rows = self.prepare(batch)
         losses, accumulated = self._train(dict(trained), gradients, *rows.to_device(scale=1 / tokens))
         mx.eval(losses, accumulated)
         return rows.sum_losses(losses), accumulated
 
     def evaluate(self, trained: Arrays, batch: MicroBatch) -> Losses:
         """Forward only."""
-        rows = self._rows(batch)
+        rows = self.prepare(batch)
         losses = self._evaluate(dict(trained), *rows.to_device(scale=1.0))
         mx.eval(losses)
         return rows.sum_losses(losses)
@@ -163,6 +170,11 @@ class ModelRunner:
         if self._compute_dtype is not None:
             trained = {name: array.astype(self._compute_dtype) for name, array in trained.items()}
         self._model.update(tree_unflatten(list(trained.items())))
+
+    @property
+    def prepare(self) -> Callable[[MicroBatch], Rows]:
+        """Place a batch into rows; holds no reference to the model."""
+        return partial(Rows.of, share=self.uses_varlen, multiple=PADDING_MULTIPLE if self._compiled else 1)
 
     def require_causal(self, name: str) -> None:
         """Raise ModelError if a later token of an example changes an earlier output."""
@@ -185,7 +197,7 @@ class ModelRunner:
 
     def _losses(self, trained: Arrays, *batch: Any) -> tuple[mx.array, mx.array]:
         """float32[], the scaled and weighted sum; float32[n], the cross-entropy of each trained token."""
-        input_ids, segments, predictor_index, targets, token_weights = batch  # of _Rows.to_device
+        input_ids, segments, predictor_index, targets, token_weights = batch  # of Rows.to_device
         self.set_parameters(trained)
         if self._head is None:
             logits = self._model(input_ids, self._cache(segments))
@@ -205,9 +217,6 @@ class ModelRunner:
         state = mx.random.state
         return mx.compile(function, inputs=state, outputs=state) if self._compiled else function
 
-    def _rows(self, batch: MicroBatch) -> _Rows:
-        return _Rows.of(batch, share=self.uses_varlen, multiple=PADDING_MULTIPLE if self._compiled else 1)
-
     def _separable_head(self) -> Head | None:
         """The head, if the model is nothing but its body and this head; else None."""
         body = getattr(self._model, "model", None)
@@ -219,7 +228,8 @@ class ModelRunner:
         try:
             if not mx.array_equal(head(body(ids)), self._model(ids)):
                 return None
-        except Exception:  # a model with other parts computes its own logits
+        except Exception as error:  # a model with other parts computes its own logits
+            raise_if_out_of_memory(error)
             return None
         if self._by_columns and type(embedding) is nn.Embedding and not hasattr(self._model, "lm_head"):
             weight: mx.array = embedding.weight  # [vocabulary, width], tied

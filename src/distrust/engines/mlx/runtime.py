@@ -9,16 +9,16 @@ from typing import Any
 import mlx.core as mx
 
 from distrust.checkpoint.memory import trim
-from distrust.config import Device, TrainConfig
-from distrust.contract import MemoryUse
+from distrust.config import TrainConfig
+from distrust.contract import DeviceMemory
 from distrust.engines import runtime
 from distrust.errors import ConfigError
 
 
-def choose_device(requested: Device) -> mx.Device:
+def choose_device(requested: str) -> mx.Device:
     """The device that ``--device`` selects."""
     cuda = getattr(mx, "cuda", None)  # not in every build
-    available: dict[Device, bool] = {
+    available = {
         "mps": mx.metal.is_available(),
         "cuda": cuda is not None and bool(cuda.is_available()),
         "cpu": True,
@@ -44,12 +44,13 @@ def load_rng_state(states: Mapping[str, Any]) -> None:
         mx.random.seed(high << 32 | low)  # the key that a seed produces is the seed itself
 
 
-def memory_use(device: mx.Device) -> MemoryUse | None:
-    """Bytes allocated on the device, mlx's cache included; None for the CPU, whose memory is the host's."""
+def device_memory(device: mx.Device) -> DeviceMemory | None:
+    """Memory used on the device; None for the CPU, whose memory is the host's."""
     if device.type == mx.DeviceType.cpu:
         return None
-    now = mx.get_active_memory() + mx.get_cache_memory()
-    return MemoryUse(now, max(now, mx.get_peak_memory()))  # the peak excludes the cache
+    allocated, peak = mx.get_active_memory(), mx.get_peak_memory()
+    reserved = allocated + mx.get_cache_memory()
+    return DeviceMemory(allocated, peak, reserved, max(reserved, peak))  # no peak includes the cache
 
 
 def release_memory() -> None:

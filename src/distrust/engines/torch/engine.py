@@ -7,30 +7,33 @@ compute. With rank 0 all weights are trained, in float32.
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 
 from distrust.checkpoint.memory import keep_freed_memory
 from distrust.config import TrainConfig
-from distrust.contract import EngineState, Losses, MemoryUse
+from distrust.contract import DeviceMemory, EngineState
 from distrust.data import MicroBatch
 from distrust.engines.loading import (
     config_digest,
     context_length,
-    fingerprint,
     load_tokenizer,
     require_vocabulary,
     stop_ids,
 )
-from distrust.engines.runtime import translate_out_of_memory
+from distrust.engines.out_of_memory import out_of_memory, raise_if_out_of_memory
+from distrust.engines.runtime import trial_batch
 from distrust.engines.target_modules import Selection
-from distrust.engines.torch import adapter, model, optimizer, quantization, runtime
+from distrust.engines.torch import adapter, fingerprint, model, optimizer, quantization, runtime
 from distrust.engines.torch.layers import fuse
-from distrust.engines.torch.model_runner import ModelRunner
+from distrust.engines.torch.model_runner import DeviceLosses, ModelRunner, fetch
+from distrust.engines.torch.row import Row
 from distrust.errors import ConfigError, ModelError
-
-_OUT_OF_MEMORY = "can't allocate memory"  # in the RuntimeError of the CPU allocator
 
 
 class TorchEngine:
@@ -42,12 +45,20 @@ class TorchEngine:
     framework: Literal["torch"] = "torch"
     runner_class: type[ModelRunner] = ModelRunner  # a subclass of the engine may replace it
 
+    @out_of_memory("load")
     def __init__(self, config: TrainConfig, objects: tuple[Any, Any] | None = None) -> None:
         self._device = runtime.choose_device(config.device)
-        runtime.prefer_determinism()
+        self.release_memory = partial(runtime.release_memory, self._device)
+        self.dtype = runtime.choose_dtype(config.dtype, self._device)
+        self._threads = config.threads or torch.get_num_threads()
         keep_freed_memory()
-        torch.set_num_threads(config.threads or runtime.default_threads())
-        compute_dtype: torch.dtype = getattr(torch, config.dtype)
+        # Trials compare in full precision, and leave it to `deterministic` to warn.
+        with self._settings(), runtime.full_precision(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*determin")
+            self._build(config, objects)
+
+    def _build(self, config: TrainConfig, objects: tuple[Any, Any] | None) -> None:
+        compute_dtype: torch.dtype = getattr(torch, self.dtype)
         dtype = compute_dtype if config.lora_rank else torch.float32
         if objects is None:
             base: Any = model.load_model(
@@ -61,7 +72,17 @@ class TorchEngine:
         )
         rows = base.get_input_embeddings().weight.shape[0]
         require_vocabulary(self.tokenizer, rows, name=config.model)
-        self._fingerprint = _fingerprint(base, config, compute_dtype)
+        self._name = config.model
+        digest = fingerprint.start(base, config, dtype=compute_dtype, device=self._device)
+        try:
+            self._prepare(base, config, dtype=dtype, compute_dtype=compute_dtype)
+        finally:  # weights that are not finite explain an error of the trials, too
+            self._fingerprint = digest()
+
+    def _prepare(
+        self, base: Any, config: TrainConfig, *, dtype: torch.dtype, compute_dtype: torch.dtype
+    ) -> None:
+        """Add the adapter to the base, choose how to run it by trials, and create the optimizer."""
         self._quantization = config.quantization
         self._config_digest = config_digest(base.config.to_diff_dict())
         self.context_length = context_length(base.config)
@@ -75,18 +96,27 @@ class TorchEngine:
         self.model: torch.nn.Module = self._add_adapter(base, config).eval()
         self.adapted = self._selection.lines
         # A compiler fuses by itself, and better if it sees whole layers.
-        self._fused = {} if config.compile else fuse(self.model, dtype=dtype)
-        self._runner = self.runner_class(base, compute_dtype=compute_dtype, compiled=config.compile)
-        with translate_out_of_memory(_OUT_OF_MEMORY):
-            self._runner.require_causal(config.model)
+        on_cuda = self._device.type == "cuda"
+        self._fused = {} if config.compile else fuse(self.model, dtype=dtype, cuda=on_cuda)
+        ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
+        self._runner = self.runner_class(
+            base,
+            compute_dtype=compute_dtype,
+            compiled=config.compile,
+            pad_token_id=next((token for token in ends if token is not None), 0),
+        )
+        self._runner.require_causal(config.model)
         if config.packing and not self._runner.uses_varlen:
             raise ConfigError(
                 "--packing: this model cannot keep the examples of one row independent (its attention is "
                 f"{self._attention}, or its layers look across examples); leave it out"
             )
         self._compiled = runtime.compile_layers(base) if config.compile else 0
+        self._modules = [*self.model.modules()]
         self._trained = adapter.trained_parameters(self.model)
         self._optimizer = optimizer.make_optimizer(self._trained, config)
+        self._step_losses: list[DeviceLosses] = []  # of the micro-steps since the last clipping
+        self._calls: list[Callable[[], object]] = []  # the passes of the step so far, and what seeds them
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -103,18 +133,15 @@ class TorchEngine:
         import peft
         import transformers
 
-        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else self._device.type
         return {
             "engine": "torch",
             "torch": torch.__version__,
             "peft": peft.__version__,
             "transformers": transformers.__version__,
-            "device": name,
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "matmul_precision": torch.get_float32_matmul_precision(),
+            **runtime.describe(self._device, threads=self._threads),
+            "deterministic": self.deterministic,
             "model_config": self._config_digest,
-            "threads": torch.get_num_threads(),
-            "attention": f"{self._attention}, {'packed' if self._runner.uses_varlen else 'padded'}",
+            "attention": f"{self._attention}, {self._runner.packing}",
             "loss": "in chunks" if self._runner.uses_chunked_loss else "of all logits",
             "fused": self._fused,
             "optimizer": f"fused {type(self._optimizer).__name__}",
@@ -128,48 +155,86 @@ class TorchEngine:
         """Apply what can be chosen of a recorded environment: the number of threads."""
         threads = recorded.get("threads")
         if isinstance(threads, int) and threads >= 1:
-            torch.set_num_threads(threads)
+            self._threads = threads
+
+    @cached_property
+    def deterministic(self) -> bool:
+        """Whether every operation of a training step has a deterministic kernel here.
+
+        The first use makes a pass over a few tokens, which leaves no trace, and warns if one has none. Layers
+        are not compiled in it: the shapes of the first step decide how they are.
+        """
+        trained, mode, rng = [*self._trained.values()], self.model.training, runtime.rng_state(self._device)
+        gradients, batch = [weight.grad for weight in trained], trial_batch(self._runner.vocabulary)
+        eager: Any = torch.compiler.set_stance("force_eager") if self._compiled else nullcontext()
+        self._set_mode(training=True)
+        with self._settings(warn_only=False), out_of_memory("step"), eager:
+            train = partial(self._runner.train, batch, tokens=batch.tokens)
+            deterministic = runtime.is_deterministic(train, model=self._name)
+        self._set_mode(training=mode)
+        for weight, gradient in zip(trained, gradients, strict=True):
+            weight.grad = gradient
+        runtime.load_rng_state(rng, self._device)
+        return deterministic
+
+    @property
+    def prepare(self) -> Callable[[MicroBatch], MicroBatch]:
+        """Build the row that the passes take; for CUDA in page-locked memory."""
+        return out_of_memory("step")(partial(Row.of, page_locked=self._device.type == "cuda"))
 
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
         """Seed every random generator; the first micro-step clears the gradients."""
         if micro_step == 0:
             self._optimizer.zero_grad(set_to_none=True)
-        runtime.reseed(seed=seed, step=step, micro_step=micro_step)
+            self._step_losses.clear()
+            self._calls.clear()
+        self._calls.append(partial(runtime.reseed, seed=seed, step=step, micro_step=micro_step))
+        self._calls[-1]()
 
-    def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
+    @out_of_memory("step")
+    def micro_step(self, batch: MicroBatch, *, tokens: int) -> DeviceLosses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
-        self.model.train()
-        with translate_out_of_memory(_OUT_OF_MEMORY), runtime.compiler_errors():
-            return self._runner.train(batch, tokens=tokens)
+        self._calls.append(partial(self._train, batch, tokens=tokens))
+        if not runtime.is_deterministic(self._calls[-1], model=self._name):  # unlike the trial
+            self.deterministic = False
+            self._optimizer.zero_grad(set_to_none=True)  # some have the gradient already: make all again
+            for call in self._calls:
+                call()
+        return self._step_losses[-1]
 
+    @out_of_memory("step")
     def clip_gradients(self, max_norm: float) -> float:
-        """Scale the gradients down to ``max_norm`` (0: leave them); returns the norm before clipping."""
-        return float(torch.nn.utils.clip_grad_norm_(self._trained.values(), max_norm or float("inf")))
+        """Scale the gradients down to ``max_norm`` (0: leave them); returns the norm before clipping.
 
+        The only wait of a step for the device: fetches the losses of its micro-steps, too.
+        """
+        with self._settings():
+            norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), max_norm or float("inf"))
+        losses, self._step_losses = self._step_losses, []
+        return fetch(losses, norm)[0]
+
+    @out_of_memory("update")
     def update(self, *, learning_rate: float) -> None:
         """Take one step of AdamW."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        self._optimizer.step()
+        with self._settings():
+            self._optimizer.step()
 
-    @torch.no_grad()
+    @out_of_memory("step")
     def is_finite(self) -> bool:
         """Whether all trained weights and moments are finite."""
         moments = [value for state in self._optimizer.state.values() for value in state.values()]
-        tensors = [*self._trained.values(), *moments]
-        # A sum is finite only if every term is: one pass, and one synchronization.
-        sums = torch.stack([tensor.sum().to(self._device) for tensor in tensors])
-        if bool(torch.isfinite(sums).all()):
-            return True
-        # Or a sum of finite terms overflowed: look at each element.
-        return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+        return runtime.all_finite([*self._trained.values(), *moments], on_cpu=self._device.type == "cpu")
 
-    def evaluate(self, batch: MicroBatch) -> Losses:
+    @out_of_memory("evaluate")
+    def evaluate(self, batch: MicroBatch) -> DeviceLosses:
         """Forward only, without dropout."""
-        self.model.eval()
-        with translate_out_of_memory(_OUT_OF_MEMORY), runtime.compiler_errors():
+        self._set_mode(training=False)
+        with self._settings(), runtime.compiler_errors():
             return self._runner.evaluate(batch)
 
+    @out_of_memory("generate")
     @torch.no_grad()
     def sample_tokens(
         self, ids: list[int], *, limit: int, temperature: float, top_p: float | None, seed: int, chat: bool
@@ -185,21 +250,23 @@ class TorchEngine:
         model: Any = self.model.eval()
         ends = stop_ids(self.tokenizer, model.generation_config.eos_token_id, chat=chat)
         try:
-            output = model.generate(
-                input_ids=prompt,
-                attention_mask=torch.ones_like(prompt),
-                max_new_tokens=limit,
-                eos_token_id=ends or None,
-                pad_token_id=ends[0] if ends else None,
-                use_cache=True,
-                # The model's own settings may ask for what is no single text.
-                num_beams=1,
-                num_return_sequences=1,
-                return_dict_in_generate=False,
-                tokenizer=self.tokenizer,  # that its stop_strings are written in
-                **sampling,
-            )
+            with self._settings():
+                output = model.generate(
+                    input_ids=prompt,
+                    attention_mask=torch.ones_like(prompt),
+                    max_new_tokens=limit,
+                    eos_token_id=ends or None,
+                    pad_token_id=ends[0] if ends else None,
+                    use_cache=True,
+                    # The model's own settings may ask for what is no single text.
+                    num_beams=1,
+                    num_return_sequences=1,
+                    return_dict_in_generate=False,
+                    tokenizer=self.tokenizer,  # that its stop_strings are written in
+                    **sampling,
+                )
         except Exception as error:  # a model's code may raise anything
+            raise_if_out_of_memory(error)
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise ModelError(f"the model cannot generate, with its generation config: {reason}") from error
         new_ids: list[int] = output[0, len(ids) :].tolist()
@@ -213,19 +280,41 @@ class TorchEngine:
             rng=runtime.rng_state(self._device),
         )
 
+    @out_of_memory("load")
     def load_state(self, state: EngineState) -> None:
         """Copy a state of either engine into the parameters; ResumeRefused changes nothing."""
         optimizer.restore(state, self._trained, self._optimizer)
         runtime.load_rng_state(state.rng, self._device)
 
-    def device_memory(self) -> MemoryUse | None:
-        """Bytes allocated on the device; None where that is the host's memory."""
-        return runtime.memory_use(self._device)
+    def device_for(self, nbytes: int) -> str | None:
+        """The CUDA device, if a state of that size leaves half of its free memory; None for the host."""
+        has_room = self._device.type == "cuda" and 2 * nbytes <= torch.cuda.mem_get_info(self._device)[0]
+        return str(self._device) if has_room else None
+
+    def device_memory(self) -> DeviceMemory | None:
+        """Memory used on the device; None on a CPU."""
+        return runtime.device_memory(self._device)
 
     def close(self) -> None:
         """Release model, optimizer and caches."""
-        del self.model, self._runner, self._trained, self._optimizer, self.tokenizer
-        runtime.release_memory(self._device)
+        del self.model, self._modules, self._runner, self._trained, self._optimizer, self.tokenizer
+        del self._calls, self._step_losses
+        self.release_memory()
+
+    def _train(self, batch: MicroBatch, *, tokens: int) -> None:
+        settings = self._settings(warn_only=not self.deterministic)
+        self._set_mode(training=True)
+        with settings, runtime.compiler_errors():
+            self._step_losses.append(self._runner.train(batch, tokens=tokens))
+
+    def _settings(self, **changes: Any) -> AbstractContextManager[None]:
+        """Context manager with torch's settings for this engine."""
+        return runtime.Settings(self._threads, **changes).use(self._device)
+
+    def _set_mode(self, *, training: bool) -> None:
+        # A program may have changed the mode of some. Setting all takes ten times as long as looking at them.
+        if {module.training for module in self._modules} != {training}:
+            self.model.train(training)
 
     def _add_adapter(self, base: Any, config: TrainConfig) -> torch.nn.Module:
         if not config.lora_rank:
@@ -237,12 +326,3 @@ class TorchEngine:
         adapted, self._selection = adapter.add_adapter(base, config)
         # Quantized weights are on the device already, and peft has put their adapters there.
         return adapted if config.quantization != "none" else adapted.to(self._device)
-
-
-def _fingerprint(base: torch.nn.Module, config: TrainConfig, dtype: torch.dtype) -> str:
-    """Digest of the weights before quantization; the files have them where the model no longer does."""
-    if config.quantization == "none":
-        weights: Any = sorted(base.named_parameters())
-    else:
-        weights = model.stored_weights(config.model, dtype=dtype)
-    return fingerprint(model.named_weights(weights, model=config.model))

@@ -1,4 +1,4 @@
-"""Fused layers: LoRA's linear layer, RMSNorm, and the gated MLP, with less memory and less memory traffic.
+"""Fused layers: LoRA's linear layer, RMSNorm, the gated MLP and RoPE, with less memory and memory traffic.
 
 Autograd saves the result of every elementwise operation, and each operation reads and writes its tensors
 again. These functions see a whole layer: they save only what cannot be recomputed cheaply, and add in place.
@@ -10,60 +10,82 @@ a trial reproduces the module's own output. Every other module is left as it is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from distrust.engines.out_of_memory import raise_if_out_of_memory
+from distrust.engines.torch import liger
 from distrust.engines.torch.adapter import ADAPTER_NAME
+from distrust.engines.torch.quantization import dequantize, is_quantized
+from distrust.engines.torch.rounded_factors import RoundedFactors
 
-#: Largest error of a trial, relative to the largest output: rounding in each dtype.
+#: Largest error of a trial, relative to the largest value: rounding in each dtype.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TRIAL_TOKENS = 4
 #: A module and its input -> its output, or None where it declines.
 Fused = Callable[[Any, Tensor], Tensor | None]
 #: Multiplications from which oneDNN pays: below, MKL is as fast, and each new shape costs oneDNN a set-up.
 MIN_MULTIPLICATIONS = 2**27
+#: By this name modeling files of transformers call RoPE (Su et al. 2021, arXiv:2104.09864).
+ROTARY = "apply_rotary_pos_emb"
 
 
-def fuse(model: torch.nn.Module, *, dtype: torch.dtype) -> dict[str, int]:
+def fuse(model: torch.nn.Module, *, dtype: torch.dtype, cuda: bool = False) -> dict[str, int]:
     """Replace the ``forward`` of every layer that has an equivalent fused one; counts them by kind.
 
-    The model has its adapter and is in evaluation mode; ``dtype`` is that of the states between layers.
+    The model has its adapter and is in evaluation mode; ``dtype`` is that of the states between layers. Only
+    on CUDA, liger-kernel is used, where it is installed, and layers with a quantized base are fused, too: on
+    CPUs, runs keep the bits that they had.
     """
     counts = {"lora": 0, "norm": 0, "gate": 0}
-    for module in model.modules():
-        kind, fused = _fused_forward(module)
-        if fused is not None and _is_equivalent(module, fused, dtype):
-            module.forward = partial(_forward, module, fused)
-            counts[kind] += 1
+    fused_lora = _FusedLora(RoundedFactors(dtype))
+    library = liger.load() if cuda else None
+    kernels = [kernels for kernels in (library, _TorchKernels) if kernels]
+    for module in reversed([*model.modules()]):  # parts first: the trial of a gate runs its fused layers
+        for kind, fused in _candidates(module, fused_lora, kernels, cuda):
+            if _is_equivalent(module, fused, dtype, gradients=cuda):
+                module.forward = partial(_forward, module, fused)
+                counts[kind] = counts.get(kind, 0) + 1
+                break
+    fused_lora.rounded.layers = [module for module in model.modules() if _replacement(module) is fused_lora]
+    if library and (layers := _fuse_rotary(model, library)):
+        counts[f"rope{library.suffix}"] = layers
     return counts
 
 
-def _fused_forward(module: torch.nn.Module) -> tuple[str, Fused | None]:
-    """Kind of a module and its fused forward, judged by its parts; the trial decides."""
-    if _is_plain_lora(module):
-        return "lora", _fused_lora
+def _candidates(module: Any, lora: Fused, kernels: list[Any], quantized: bool) -> list[tuple[str, Fused]]:
+    """Kind of a module and fused forwards for it, judged by its parts, the fastest first; a trial decides."""
+    if _is_plain_lora(module, quantized=quantized):
+        return [("lora", lora)]
     parts = {*vars(module), *module._parameters, *module._modules}
-    if "RMSNorm" in type(module).__name__ and {"weight", "variance_epsilon"} <= parts:
-        return "norm", _fused_norm
+    if "RMSNorm" in type(module).__name__ and "weight" in parts:
+        return [(f"norm{by.suffix}", norm) for by in kernels for norm in by.norms()]
     if {"gate_proj", "up_proj", "down_proj", "act_fn"} <= parts:
         activation = type(module.act_fn)
         if issubclass(activation, torch.nn.SiLU) or activation.__name__ == "SiLUActivation":
-            return "gate", _fused_gate
-    return "", None
+            return [(f"gate{by.suffix}", partial(_fused_gate, kernels=by)) for by in kernels]
+    return []
 
 
-def _is_plain_lora(module: Any) -> bool:
+def _is_plain_lora(module: Any, *, quantized: bool) -> bool:
     """Whether it is peft's LoRA with one adapter on a frozen linear layer, and no variant of it."""
-    from peft.tuners.lora.layer import Linear
+    from peft.tuners.lora import layer
 
-    if type(module) is not Linear or type(module.base_layer) is not torch.nn.Linear:
-        return False
+    base = getattr(module, "base_layer", None)
+    kind: Any = layer.Linear if type(base) is torch.nn.Linear else None
+    if quantized and is_quantized(base):
+        from peft.tuners.lora import bnb
+
+        kind = getattr(bnb, type(base).__name__)
     return (
-        list(module.lora_A) == [ADAPTER_NAME]
+        type(module) is kind
+        and list(module.lora_A) == [ADAPTER_NAME]
         and not module.lora_variant  # DoRA, for instance
         and not module.fan_in_fan_out
         and module.lora_B[ADAPTER_NAME].bias is None
@@ -71,20 +93,74 @@ def _is_plain_lora(module: Any) -> bool:
     )
 
 
-@torch.no_grad()
-def _is_equivalent(module: Any, fused: Fused, dtype: torch.dtype) -> bool:
+def _is_equivalent(module: Any, fused: Fused, dtype: torch.dtype, *, gradients: bool) -> bool:
     """Whether another forward returns what the module's own one does, except for rounding."""
-    weight = next(module.parameters())
     generator = torch.Generator().manual_seed(0)  # its own: the run's generator stays untouched
-    trial = torch.randn(1, TRIAL_TOKENS, _input_width(module), generator=generator).to(weight.device, dtype)
     try:
-        expected, actual = module(trial), _forward(module, fused, trial)
-    except (TypeError, RuntimeError, AttributeError):  # the module takes other arguments
+        device = next(module.parameters()).device
+        trial = torch.randn(1, TRIAL_TOKENS, _input_width(module), generator=generator).to(device, dtype)
+        _require_equivalent(module, partial(_forward, module, fused), (trial,), gradients=gradients)
+    except Exception as error:  # it takes other arguments, or a kernel does not compile here
+        raise_if_out_of_memory(error)
         return False
-    if expected.dtype != actual.dtype or expected.shape != actual.shape or expected.dtype not in TOLERANCE:
-        return False
-    difference = (expected.float() - actual.float()).abs().max()
-    return bool(difference <= TOLERANCE[expected.dtype] * expected.float().abs().max())
+    return True
+
+
+def _require_equivalent(own: Any, fused: Any, inputs: tuple[Tensor, ...], *, gradients: bool) -> None:
+    """Raise ValueError if the functions, or their ``gradients``, differ by more than rounding."""
+    inputs = tuple(x.detach().requires_grad_(gradients) for x in inputs)
+    with torch.set_grad_enabled(gradients):
+        results = [function(*inputs) for function in (own, fused)]
+    results = [(result,) if isinstance(result, Tensor) else result for result in results]
+    if gradients:
+        generator = torch.Generator().manual_seed(1)
+        seeds = [torch.randn(x.shape, generator=generator).to(x) for x in results[0]]
+        results = [(*outputs, *torch.autograd.grad(outputs, inputs, seeds)) for outputs in results]
+    for expected, actual in zip(*results, strict=True):
+        difference = (expected.float() - actual.float()).abs().max()
+        same = expected.dtype == actual.dtype and expected.shape == actual.shape
+        if not same or not difference <= TOLERANCE[expected.dtype] * expected.float().abs().max():  # or NaN
+            raise ValueError("the results differ")
+
+
+def _fuse_rotary(model: Any, library: liger.Liger) -> int:
+    """Replace :data:`ROTARY` in the layers that call it, if a pass over a few tokens agrees; counts them.
+
+    Each gets its own forward with other globals: the modeling file and other models stay as they are.
+    """
+    plain = (module for module in model.modules() if "forward" not in vars(module))
+    layers = {module for module in plain if ROTARY in getattr(module.forward, "__globals__", ())}
+    tried: set[Any] = set()
+    for module in layers:
+        base = type(module).forward
+        rotate = partial(_rotate, library, tried, module, base.__globals__[ROTARY])
+        names = {**base.__globals__, ROTARY: rotate}
+        forward = FunctionType(base.__code__, names, base.__name__, base.__defaults__, base.__closure__)
+        forward.__kwdefaults__ = base.__kwdefaults__
+        module.forward = MethodType(forward, module)
+    try:  # with gradients, because autograd refuses some uses of the results
+        ids = torch.arange(TRIAL_TOKENS, device=next(model.parameters()).device)
+        model(input_ids=ids[None], use_cache=False)
+    except Exception as error:  # it disagrees or takes other arguments, or a kernel does not compile here
+        raise_if_out_of_memory(error)
+        tried.clear()
+    for module in layers - tried:
+        del module.forward
+    return len(tried)
+
+
+def _rotate(library: Any, tried: set[Any], module: Any, own: Any, *tensors: Tensor, **options: Any) -> Any:
+    """``own`` by the library, for q and k [1, heads, n, width] and cos and sin [1, n, width] of one dtype."""
+    q, k, cos, sin = tensors
+    row = 1, *q.shape[-2:]
+    fits = cos.shape == sin.shape == row and all(x.ndim == 4 and x[:, 0].shape == row for x in (q, k))
+    if options or not fits or len({x.dtype for x in tensors}) > 1 or cos.requires_grad:
+        return own(*tensors, **options)
+    if module not in tried:
+        rotate, fused = (partial(function, cos=cos, sin=sin) for function in (own, library.rotate))
+        _require_equivalent(rotate, fused, (q, k), gradients=True)
+        tried.add(module)
+    return library.rotate(*tensors)
 
 
 def _input_width(module: Any) -> int:
@@ -98,24 +174,29 @@ def _forward(module: Any, fused: Fused, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs) if output is None else output
 
 
-def _fused_lora(lora: Any, x: Tensor, gate: Tensor | None = None) -> Tensor | None:
-    """Declines with dropout, and where the adapter is not active."""
-    dropout = lora.lora_dropout[ADAPTER_NAME]
-    drops = lora.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0
-    if lora.disable_adapters or lora.merged or drops:
-        return None
-    base = lora.base_layer
-    a, b = lora.lora_A[ADAPTER_NAME].weight, lora.lora_B[ADAPTER_NAME].weight
-    scale = lora.scaling[ADAPTER_NAME]
-    return _LoraLinear.apply(x, gate, base.weight, base.bias, a, b, scale)  # type: ignore[no-any-return, no-untyped-call]
+def _replacement(module: torch.nn.Module) -> Fused | None:
+    """What replaces a module's forward, if anything does."""
+    forward = vars(module).get("forward")
+    return forward.args[1] if isinstance(forward, partial) and forward.func is _forward else None
 
 
-def _fused_gate(module: Any, x: Tensor) -> Tensor:
-    gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj  # gate, up: [..., inner width]
-    output = _fused_lora(down, up, gate) if _is_plain_lora(down) else None  # never saves the gated product
-    if output is not None:
-        return output
-    return down(_Gate.apply(gate, up))  # type: ignore[no-any-return, no-untyped-call]
+class _TorchKernels:
+    """The norm and the gate by torch; :class:`distrust.engines.torch.liger.Liger` has the same functions."""
+
+    suffix = ""
+
+    @staticmethod
+    def norms() -> list[Fused]:
+        return [_fused_norm]
+
+    @staticmethod
+    def product(x: Tensor, gate: Tensor) -> Tensor:
+        return silu(gate).mul_(x)
+
+    @staticmethod
+    def gradients(grad_output: Tensor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        grad_gate = torch.ops.aten.silu_backward(grad_output * x, gate)
+        return grad_gate, silu(gate).mul_(grad_output)
 
 
 def _fused_norm(module: Any, x: Tensor) -> Tensor | None:
@@ -124,61 +205,94 @@ def _fused_norm(module: Any, x: Tensor) -> Tensor | None:
     return _Norm.apply(x, module.weight, module.variance_epsilon)  # type: ignore[no-any-return, no-untyped-call]
 
 
+@dataclass
+class _FusedLora:
+    """LoRA's linear layer. Declines with dropout, and where the adapter is not active."""
+
+    rounded: RoundedFactors
+
+    def __call__(self, lora: Any, x: Tensor, gate: Tensor | None = None, by: Any = None) -> Tensor | None:
+        dropout = lora.lora_dropout[ADAPTER_NAME]
+        drops = lora.training and isinstance(dropout, torch.nn.Dropout) and dropout.p > 0
+        if lora.disable_adapters or lora.merged or drops:
+            return None
+        a, b = lora.lora_A[ADAPTER_NAME].weight, lora.lora_B[ADAPTER_NAME].weight
+        return _LoraLinear.apply(x, gate, a, b, lora, self.rounded, by)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _fused_gate(module: Any, x: Tensor, kernels: Any) -> Tensor:
+    gate, up, down = module.gate_proj(x), module.up_proj(x), module.down_proj  # gate, up: [..., inner width]
+    fused = _replacement(down)
+    if isinstance(fused, _FusedLora):
+        output = fused(down, up, gate, kernels)  # never saves the gated product
+        if output is not None:
+            return output
+    return down(_Gate.apply(gate, up, kernels))  # type: ignore[no-any-return, no-untyped-call]
+
+
 class _LoraLinear(torch.autograd.Function):
     """y = x Wᵀ + bias + scale · x Aᵀ Bᵀ in the dtype of W; with a gate, silu(gate) · x replaces x.
 
     LoRA: Hu et al. 2021, arXiv:2106.09685. Saves x and gate, which other layers save anyway, and x Aᵀ,
-    [n, rank]. The backward pass recomputes the gated product.
+    [n, rank]. The backward pass recomputes the gated product. A quantized layer computes x Wᵀ by its library
+    in the dtype of x; only the backward pass needs its W.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        gate: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scale: float,
+        ctx: Any, x: Tensor, gate: Tensor | None, a: Tensor, b: Tensor, lora: Any, rounded: Any, kernels: Any
     ) -> Tensor:
+        base, scale = lora.base_layer, lora.scaling[ADAPTER_NAME]
+        quantized = is_quantized(base)
+        dtype = x.dtype if quantized else base.weight.dtype
+        copies = rounded.of(lora, dtype)
         with torch.autocast(x.device.type, enabled=False):
-            inputs = _gated_rows(x, gate, weight.dtype)  # [n, in]
-            low_rank = torch.mm(inputs, a.to(weight.dtype).t())  # [n, rank]
-            result = linear(inputs, weight, bias)  # [n, out]
-            result.addmm_(low_rank, (b * scale).to(weight.dtype).t())  # in place: no second [n, out]
-        ctx.save_for_backward(x, gate, weight, a, b, low_rank)
-        ctx.scale = scale
+            inputs = _gated_rows(x, gate, kernels, dtype)  # [n, in]
+            down, up = copies or _factors(a, b, scale, dtype)
+            low_rank = torch.mm(inputs, down.t())  # [n, rank]
+            result = base(inputs) if quantized else linear(inputs, base.weight, base.bias)  # [n, out]
+            result.addmm_(low_rank, up.t())  # in place: no second [n, out]
+        ctx.save_for_backward(x, gate, a, b, low_rank, *(copies or ()))
+        ctx.base, ctx.scale, ctx.dtype, ctx.kernels = base, scale, dtype, kernels
         return _unflatten(result, x)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, weight, a, b, low_rank = ctx.saved_tensors
-        grad_output = grad_output.flatten(0, -2).to(weight.dtype)  # [n, out]
-        grad_low_rank = torch.mm(grad_output, (b * ctx.scale).to(weight.dtype))  # [n, rank]
+        x, gate, a, b, low_rank, *copies = ctx.saved_tensors
+        dtype: torch.dtype = ctx.dtype
+        grad_output = grad_output.flatten(0, -2).to(dtype)  # [n, out]
+        down, up = copies or _factors(a, b, ctx.scale, dtype)
+        grad_low_rank = torch.mm(grad_output, up)  # [n, rank]
         grad_b = torch.mm(grad_output.t(), low_rank).to(b.dtype).mul_(ctx.scale)  # [out, rank]
         # Recomputed, and freed at once: no name holds it.
-        grad_a = torch.mm(grad_low_rank.t(), _gated_rows(x, gate, weight.dtype)).to(a.dtype)  # [rank, in]
+        grad_a = torch.mm(grad_low_rank.t(), _gated_rows(x, gate, ctx.kernels, dtype)).to(
+            a.dtype
+        )  # [rank, in]
         grad_x = grad_gate = None
         # Only the gate may need a gradient: where no layer that produces x is trained.
         if any(ctx.needs_input_grad[:2]):
-            grad_inputs = linear(grad_output, weight.t()).addmm_(grad_low_rank, a.to(weight.dtype))  # [n, in]
-            grad_gate, grad_x = _silu_gate_backward(_unflatten(grad_inputs, x), gate, x)
-        return grad_x, grad_gate, None, None, grad_a, grad_b, None
+            weight = dequantize(ctx.base, dtype)
+            grad_x = _unflatten(linear(grad_output, weight.t()).addmm_(grad_low_rank, down), x)  # [..., in]
+            if gate is None:
+                grad_x = grad_x.to(x.dtype)
+            else:
+                grad_gate, grad_x = ctx.kernels.gradients(grad_x, gate, x)
+        return grad_x, grad_gate, grad_a, grad_b, None, None, None
 
 
 class _Gate(torch.autograd.Function):
     """silu(gate) · x, elementwise (SwiGLU, Shazeer 2020, arXiv:2002.05202). Saves only its two inputs."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, x: Tensor, kernels: Any) -> Tensor:
         ctx.save_for_backward(gate, x)
-        return _silu_gate(x, gate)
+        ctx.kernels = kernels
+        return kernels.product(x, gate)  # type: ignore[no-any-return]
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, x = ctx.saved_tensors
-        return _silu_gate_backward(grad_output, gate, x)
+        return *ctx.kernels.gradients(grad_output, gate, x), None
 
 
 class _Norm(torch.autograd.Function):
@@ -210,6 +324,11 @@ class _Norm(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight, None
 
 
+def _factors(a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A [rank, in] and scale · B [out, rank] in the dtype of the products."""
+    return a.to(dtype), (b * scale).to(dtype)
+
+
 def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
     """[n, width] -> [..., width], with the leading dimensions of ``like``."""
     # For autograd no view, because some models change the output in place, which views of functions forbid.
@@ -217,20 +336,9 @@ def _unflatten(rows: Tensor, like: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view(rows, shape)  # type: ignore[no-any-return]
 
 
-def _gated_rows(x: Tensor, gate: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return _silu_gate(x, gate).to(dtype).flatten(0, -2)
-
-
-def _silu_gate(x: Tensor, gate: Tensor | None) -> Tensor:
-    return x if gate is None else silu(gate).mul_(x)
-
-
-def _silu_gate_backward(grad_output: Tensor, gate: Tensor | None, x: Tensor) -> tuple[Tensor | None, Tensor]:
-    """The gradients of gate and x."""
-    if gate is None:
-        return None, grad_output.to(x.dtype)
-    grad_gate = torch.ops.aten.silu_backward(grad_output * x, gate)
-    return grad_gate, silu(gate).mul_(grad_output)
+def _gated_rows(x: Tensor, gate: Tensor | None, kernels: Any, dtype: torch.dtype) -> Tensor:
+    gated: Tensor = x if gate is None else kernels.product(x, gate)
+    return gated.to(dtype).flatten(0, -2)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
 
 from distrust.config import Quantization, TrainConfig
-from distrust.engines.loading import cached_folder, load_error, load_pretrained, not_finite
+from distrust.engines.loading import cached_folder, load_error, load_pretrained
 from distrust.engines.model_folder import BuildLimit, weight_files
+from distrust.engines.out_of_memory import raise_if_out_of_memory
 from distrust.engines.state_conversion import dtype_name
 from distrust.engines.torch import quantization
 from distrust.errors import ConfigError, ModelError
@@ -34,6 +35,8 @@ def load_model(
             "give the model that it was made of"
         )
     options = quantization.loading_options(quantized, dtype=dtype, device=device)
+    if device.type == "cuda":
+        options["device_map"] = {"": device}  # no copy of the model in the host's memory
     from transformers import AutoModelForCausalLM
 
     with _BuildLimit(name, partial(cached_folder, name)):
@@ -46,7 +49,7 @@ def load_model(
             f"--model {name}: its weights lack {missing[0]}{suffix}; is it a causal language model?"
         )
     model.config.use_cache = False  # training needs no cache of keys and values
-    if options:
+    if quantized != "none":
         quantization.prepare_quantized(model)  # already on the device
     else:
         model.to(device)
@@ -89,6 +92,7 @@ def copy_model(
         _require_buffers(model, dtype)
         copied = copy.deepcopy(model, copies).to(device)
     except (TypeError, RuntimeError) as error:  # an attribute that cannot be copied, such as a lock
+        raise_if_out_of_memory(error)
         raise ConfigError(f"the model cannot be copied: {str(error).splitlines()[0]}; {advice}") from error
     copied.config.use_cache = False
     return copied.eval()  # type: ignore[no-any-return]
@@ -173,18 +177,3 @@ def stored_weights(name: str, *, dtype: torch.dtype) -> Iterator[tuple[str, torc
         file_of = {label: file for file in files for label in file.keys()}  # noqa: SIM118  # no mapping
         for label in sorted(file_of):
             yield label, file_of[label].get_tensor(label).to(dtype)
-
-
-def named_weights(
-    weights: Iterable[tuple[str, torch.Tensor]], *, model: str
-) -> Iterator[tuple[str, str, tuple[int, ...], Any]]:
-    """Weights in the form that :func:`distrust.engines.loading.fingerprint` takes.
-
-    Raises ModelError for one that is not finite: the first loss would not be, either.
-    """
-    for name, parameter in weights:
-        # A sum is quicker, and finite only if every term is; but it may overflow.
-        if not parameter.detach().sum(dtype=torch.float32).isfinite() and not parameter.isfinite().all():
-            raise not_finite(model, name)
-        host = parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        yield name, dtype_name(parameter), tuple(parameter.shape), host.numpy().data

@@ -12,79 +12,99 @@ A trial on a few tokens decides whether a method is exact for this model, not it
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from distrust.contract import Losses
-from distrust.data import IGNORED, MicroBatch
+from distrust.contract import LossSums
+from distrust.data import MicroBatch
+from distrust.engines.out_of_memory import raise_if_out_of_memory
 from distrust.engines.runtime import (
     Array,
     has_experts,
     keeps_examples_independent,
     require_causal,
-    sum_per_example,
+    sum_per_sequence,
     trial_ids,
 )
 from distrust.engines.state_conversion import dtype_name
 from distrust.engines.torch import attention, quantization
 from distrust.engines.torch.loss import chunked_losses, token_losses
+from distrust.engines.torch.row import DeviceRow, Row
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """A micro-batch as one row on the host: n tokens of b examples, m of them trained."""
+class DeviceLosses:
+    """:class:`distrust.contract.Losses` of a row, on the device until they are fetched or first read."""
 
-    input_ids: Array  # int64[n]
-    positions: Array  # int64[n], each token's position in its example
-    lengths: list[int]  # tokens of each example
-    predictor_index: Array  # int64[m], index of the token before each trained one, which predicts it
-    targets: Array  # int64[m], the trained tokens
-    token_weights: Array  # float32[m]
-    examples: Array  # int64[m], the example of each trained token, 0 to b - 1
+    def __init__(self, row: Row, losses: Tensor) -> None:
+        #: The row, whose page-locked memory must stay until the device has copied it, and float32[m], the
+        #: cross-entropy of each trained token on the device. None once they are fetched.
+        self.pending: tuple[Row, Tensor] | None = (row, losses)
+        self._sums: LossSums
 
-    @classmethod
-    def of(cls, batch: MicroBatch) -> _Row:
-        """Remove the padding of a micro-batch."""
-        real = batch.attention_mask.astype(bool)  # [b, t]
-        lengths = real.sum(axis=1)
-        labels, token_weights = batch.labels[real], batch.weights[real]  # [n]
-        trained = np.flatnonzero(labels != IGNORED)  # never an example's first token: none predicts it
-        return cls(
-            input_ids=batch.input_ids[real],
-            positions=np.concatenate([np.arange(length, dtype=np.int64) for length in lengths]),
-            lengths=lengths.tolist(),
-            predictor_index=trained - 1,
-            targets=labels[trained],
-            token_weights=token_weights[trained],
-            examples=np.repeat(np.arange(len(lengths)), lengths)[trained],
-        )
+    @property
+    def cross_entropy(self) -> Array:
+        """float64[b], in nats."""
+        fetch([self])
+        return self._sums.cross_entropy
+
+    @property
+    def weighted(self) -> Array:
+        """float64[b], weight times cross-entropy."""
+        fetch([self])
+        return self._sums.weighted
+
+    def set_host(self, row: Row, losses: Array) -> None:
+        """Sum float32[m] losses that have arrived on the host."""
+        sequences, count = row.trained_sequences, len(row.examples)
+        self._sums = sum_per_sequence(losses, row.trained_weights, sequences, count=count)
+        self.pending = None
+
+
+def fetch(losses: Sequence[DeviceLosses], *scalars: Tensor) -> list[float]:
+    """Copy losses to the host, and float32[] scalars beside them, in one transfer; returns the scalars."""
+    pending = [(each, *each.pending) for each in losses if each.pending is not None]
+    tensors = [*(scalar.reshape(1) for scalar in scalars), *(tensor for *_, tensor in pending)]
+    if not tensors:
+        return []
+    host = torch.cat(tensors).cpu().numpy()
+    parts = iter(np.split(host, np.cumsum([len(tensor) for tensor in tensors])[:-1]))
+    values = [float(next(parts)[0]) for _ in scalars]
+    for (each, row, _), part in zip(pending, parts, strict=True):
+        each.set_host(row, part)
+    return values
 
 
 class ModelRunner:
     """Runs a causal language model of transformers, with the adapter in its layers, on micro-batches."""
 
-    def __init__(self, model: Any, *, compute_dtype: torch.dtype, compiled: bool = False) -> None:
+    def __init__(
+        self, model: Any, *, compute_dtype: torch.dtype, compiled: bool = False, pad_token_id: int = 0
+    ) -> None:
         self._model = model  # in evaluation mode
+        self._pad_token_id = pad_token_id  # for models whose examples cannot share a row
         self._compiled = compiled  # whether its layers will be
         self._compute_dtype = compute_dtype  # dtype of the products; autocast applies any but float32
         self._device: torch.device = model.device
         self._head: Any = model.get_output_embeddings()
-        self._vocabulary: int = model.get_input_embeddings().weight.shape[0]
+        self.vocabulary: int = model.get_input_embeddings().weight.shape[0]
         self.uses_chunked_loss = self._head_makes_logits()  # the logits of a batch never exist as a whole
+        self._kernel: attention.Kernel | None = None  # attends to all examples of a row at once
         self.uses_varlen = self._enable_varlen()  # examples share one row without padding
+        kernel = "" if self._kernel is None else ", variable-length kernel"
+        self.packing = f"packed{kernel}" if self.uses_varlen else "padded"  # for the recorded environment
 
-    def train(self, batch: MicroBatch, *, tokens: int) -> Losses:
+    def train(self, batch: MicroBatch, *, tokens: int) -> DeviceLosses:
         """Forward and backward: add the gradient of Σ weight · cross-entropy / ``tokens``."""
-        return self._run_batch(batch, scale=1 / tokens, backward=True)
+        return self._run_batch(Row.of(batch), scale=1 / tokens, backward=True)
 
     @torch.no_grad()
-    def evaluate(self, batch: MicroBatch) -> Losses:
+    def evaluate(self, batch: MicroBatch) -> DeviceLosses:
         """Forward only."""
-        return self._run_batch(batch, scale=1.0, backward=False)
+        return self._run_batch(Row.of(batch), scale=1.0, backward=False)
 
     def require_causal(self, name: str) -> None:
         """Raise ModelError if a later token of an example changes an earlier output.
@@ -93,41 +113,43 @@ class ModelRunner:
         """
         with quantization.without_outliers(self._model):
             experts = has_experts(self._model.named_modules())
-            require_causal(self._run_trial, vocabulary=self._vocabulary, name=name, experts=experts)
+            require_causal(self._run_trial, vocabulary=self.vocabulary, name=name, experts=experts)
 
-    def _run_batch(self, batch: MicroBatch, *, scale: float, backward: bool) -> Losses:
-        row = _Row.of(batch)
+    def _run_batch(self, row: Row, *, scale: float, backward: bool) -> DeviceLosses:
+        arrays = row.to(self._device)
+        lengths = row.lengths.tolist() if self.uses_varlen else []
         # Also around the backward pass: a checkpointed layer computes its attention again there.
-        with attention.packed_examples(row.lengths if self.uses_varlen else []):
-            total, losses = self._losses(batch, row, scale=scale)
+        with attention.packed_examples(lengths, kernel=self._kernel, cu_seqlens=arrays.cu_seqlens):
+            total, losses = self._losses(row, arrays, scale=scale)
             if backward:
                 total.backward()  # type: ignore[no-untyped-call]
-        host = losses.detach().cpu().numpy()
-        return sum_per_example(host, row.token_weights, row.examples, count=len(row.lengths))
+        return DeviceLosses(row, losses.detach())
 
-    def _losses(self, batch: MicroBatch, row: _Row, *, scale: float) -> tuple[Tensor, Tensor]:
+    def _losses(self, row: Row, arrays: DeviceRow, *, scale: float) -> tuple[Tensor, Tensor]:
         """float32[], the scaled and weighted sum; float32[m], the cross-entropy of each trained token."""
-        predictor_index, targets = self._to_device(row.predictor_index), self._to_device(row.targets)
-        token_weights = self._to_device(row.token_weights) * scale
+        token_weights = arrays.token_weights * scale
         with self._autocast():
-            output = self._outputs(batch, row).index_select(0, predictor_index)  # [m, ...]
+            output = self._outputs(row, arrays).index_select(0, arrays.predictor_index)  # [m, ...]
         if self.uses_chunked_loss:
-            return chunked_losses(output.to(self._compute_dtype), self._head, targets, token_weights)
-        losses = token_losses(output, targets)
+            hidden = output.to(self._compute_dtype)
+            return chunked_losses(hidden, self._head, arrays.targets, token_weights)
+        losses = token_losses(output, arrays.targets)
         return (losses * token_weights).sum(), losses.detach()
 
-    def _outputs(self, batch: MicroBatch, row: _Row) -> Tensor:
-        """Last hidden states [n, width], or logits [n, vocabulary], of all real tokens."""
+    def _outputs(self, row: Row, arrays: DeviceRow) -> Tensor:
+        """Last hidden states [n, width], or logits [n, vocabulary], of all tokens."""
         if self.uses_varlen:
-            return self._run_row(row.input_ids, row.positions)
-        mask = self._to_device(batch.attention_mask)
-        return self._run(input_ids=self._to_device(batch.input_ids), attention_mask=mask)[mask.bool()]
+            return self._run_row(arrays.input_ids, arrays.positions)
+        mask = self._to_device(row.pad(np.ones_like(row.input_ids), filler=0))
+        ids = self._to_device(row.pad(row.input_ids, filler=self._pad_token_id))
+        return self._run(input_ids=ids, attention_mask=mask)[mask.bool()]
 
-    def _run_row(self, ids: Array, positions: Array) -> Tensor:
-        ids_on_device, positions_on_device = self._to_device(ids)[None], self._to_device(positions)[None]
-        return self._run(input_ids=ids_on_device, position_ids=positions_on_device)[0]  # [1, n] -> [n, ...]
+    def _run_row(self, ids: Tensor, positions: Tensor) -> Tensor:
+        ids, positions = ids[None], positions[None]  # [1, n]
+        mask = attention.mask_of_row(ids)
+        return self._run(input_ids=ids, position_ids=positions, attention_mask=mask)[0]  # [n, ...]
 
-    def _run(self, **inputs: Tensor) -> Tensor:
+    def _run(self, **inputs: Tensor | None) -> Tensor:
         if self.uses_chunked_loss:
             return self._model.base_model(**inputs, use_cache=False).last_hidden_state  # type: ignore[no-any-return]
         return self._model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]
@@ -147,12 +169,13 @@ class ModelRunner:
             return False
         recorded: list[Tensor] = []  # input and output of the head
         hook = self._head.register_forward_hook(lambda _, inputs, output: recorded.extend([*inputs, output]))
-        ids = self._to_device(trial_ids(self._vocabulary))[None]
+        ids = self._to_device(trial_ids(self.vocabulary))[None]
         try:
             with self._autocast():
                 logits = self._model(input_ids=ids, use_cache=False).logits
                 hidden = self._model.base_model(input_ids=ids, use_cache=False)[0]
-        except Exception:  # a model with other parts computes its own logits
+        except Exception as error:  # a model with other parts computes its own logits
+            raise_if_out_of_memory(error)
             return False
         finally:
             hook.remove()
@@ -169,20 +192,28 @@ class ModelRunner:
         attention.register(outside_graphs=self._compiled)
         try:
             self._model.set_attn_implementation(attention.NAME)
-            with quantization.without_outliers(self._model):
-                exact = keeps_examples_independent(self._run_trial, vocabulary=self._vocabulary)
-        except Exception:  # a model's code may raise anything when its attention is replaced
-            exact = False
-        if not exact:
-            self._model.set_attn_implementation(previous)
-        return exact
+            for kernel in dict.fromkeys((attention.varlen_kernel(self._device, self._compute_dtype), None)):
+                self._kernel = kernel
+                with quantization.without_outliers(self._model):
+                    if keeps_examples_independent(self._run_trial, vocabulary=self.vocabulary):
+                        return True
+        except Exception as error:  # a model's code may raise anything when its attention is replaced
+            raise_if_out_of_memory(error)
+        self._model.set_attn_implementation(previous)
+        return False
 
     def _run_trial(self, ids: Array, lengths: list[int] | None = None) -> tuple[Array, str]:
         """Outputs of a row of packed examples; without ``lengths`` of one example, as training runs it."""
         packed = lengths or ([len(ids)] if self.uses_varlen else [])
-        with attention.packed_examples(packed), self._autocast():
+        # One example in the trial of packing is what the kernel must reproduce.
+        kernel = None if lengths is not None and len(lengths) == 1 else self._kernel
+        edges = self._to_device(np.cumsum([0, *packed], dtype=np.int32))
+        with attention.packed_examples(packed, kernel=kernel, cu_seqlens=edges), self._autocast():
             if packed:
-                output = self._run_row(ids, np.concatenate([np.arange(length) for length in packed]))
+                positions = np.concatenate([np.arange(length) for length in packed])
+                output = self._run_row(self._to_device(ids), self._to_device(positions))
             else:
                 output = self._run(input_ids=self._to_device(ids)[None])[0]
-        return output.detach().float().cpu().numpy(), dtype_name(output)
+        # The kernel computes in bfloat16 where a last norm returns float32.
+        dtype = dtype_name(output) if kernel is None else str(self._compute_dtype).removeprefix("torch.")
+        return output.detach().float().cpu().numpy(), dtype

@@ -28,9 +28,17 @@ def make_optimizer(trained: Mapping[str, torch.nn.Parameter], config: TrainConfi
     decays = ((matrices, config.weight_decay), (vectors, 0.0))
     groups = [{"params": group, "weight_decay": decay} for group, decay in decays if group]
     betas = config.adam_beta1, config.adam_beta2
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         groups, lr=config.learning_rate, betas=betas, eps=config.adam_epsilon, fused=True
     )
+    optimizer.register_step_post_hook(_count_change)
+    return optimizer
+
+
+def _count_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Tell autograd that the parameters have changed, which the fused kernel does not."""
+    for group in optimizer.param_groups:
+        torch.autograd.graph.increment_version(group["params"])
 
 
 @torch.no_grad()

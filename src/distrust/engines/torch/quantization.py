@@ -19,6 +19,7 @@ from distrust.config import Quantization
 from distrust.errors import MissingDependency
 
 LIBRARY = "bitsandbytes"
+LINEAR = ("Linear4bit", "Linear8bitLt")  # its layers
 
 
 def loading_options(quantization: Quantization, *, dtype: torch.dtype, device: Any) -> dict[str, Any]:
@@ -53,6 +54,26 @@ def prepare_quantized(model: torch.nn.Module) -> None:
         if parameter.is_floating_point():
             # Unquantized weights are views of the mapped file: a view keeps all of it in memory.
             parameter.data = parameter.data.clone()
+
+
+def is_quantized(layer: object) -> bool:
+    """Whether it is one of the library's linear layers."""
+    return type(layer).__module__.startswith(LIBRARY) and type(layer).__name__ in LINEAR
+
+
+def dequantize(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [out, in] of a linear layer; a quantized one's as the library's backward pass has it."""
+    if not is_quantized(layer):
+        return layer.weight  # type: ignore[no-any-return]
+    if type(layer).__name__ == "Linear4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        packed, state = layer.weight.data.view(-1, 1), layer.weight.quant_state
+        weight: torch.Tensor = dequantize_4bit(packed, state).to(dtype)
+    else:
+        weight = layer.state.CB.to(dtype, copy=True)
+        weight.mul_(layer.state.SCB.unsqueeze(1).mul(1.0 / 127.0))  # of each row
+    return weight
 
 
 @contextlib.contextmanager

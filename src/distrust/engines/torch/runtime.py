@@ -6,42 +6,160 @@ resume, can shift it. The generators' state is saved and restored all the same.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
-from collections.abc import Mapping
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from distrust.activity import warn_once
 from distrust.checkpoint.memory import trim
-from distrust.config import Device
-from distrust.contract import MemoryUse
+from distrust.config import Dtype, Precision
+from distrust.contract import DeviceMemory
 from distrust.engines import runtime
 from distrust.errors import ConfigError, ErrorTranslator
 
+_TORCH: Any = torch  # for what it declares no types of
+_get_precision, _set_precision = _TORCH._C._get_fp32_precision_getter, _TORCH._C._set_fp32_precision_setter
 
-def choose_device(requested: Device) -> torch.device:
-    """The device that ``--device`` selects."""
-    available: dict[Device, bool] = {
+
+def choose_device(requested: str) -> torch.device:
+    """The device that ``--device`` selects; sets the variables that CUDA reads when it starts."""
+    available = {
         "cuda": torch.cuda.is_available(),
+        **{f"cuda:{index}": True for index in range(torch.cuda.device_count())},
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    return torch.device(runtime.choose_device(requested, available, engine="torch"))
+    lacks_cuda = requested.startswith("cuda") and not (available["cuda"] or torch.version.cuda)
+    name = f"torch {torch.__version__}, which was built without CUDA," if lacks_cuda else "torch"
+    device = torch.device(runtime.choose_device(requested, available, engine=name))
+    if device.type == "cuda":
+        # Without it, cuBLAS' matrix products may differ from run to run.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():  # its older names
+            # Each step has another number of tokens, which would leave gaps between fixed segments.
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return device
 
 
-def prefer_determinism() -> None:
-    """Select deterministic kernels; an operation that has none warns."""
-    # cuBLAS reads this when it starts; without it, its matrix products may differ from run to run.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def choose_dtype(requested: Dtype, device: torch.device) -> Precision:
+    """The precision that ``--dtype`` selects; "auto" is bfloat16 on a GPU that has instructions for it."""
+    if requested == "float32" or device.type != "cuda":
+        return "float32" if requested == "auto" else requested
+    with torch.cuda.device(device):
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bfloat16"
+    is_auto, name = requested == "auto", torch.cuda.get_device_name(device)
+    effect = "it computes in float32" if is_auto else "torch emulates them, which is slow"
+    warn_once(f"--dtype {requested}: {name} has no instructions for bfloat16, so {effect}")
+    return "float32" if is_auto else "bfloat16"
 
 
-@cache  # an earlier run of this process may have changed the number
-def default_threads() -> int:
-    """Threads that torch had chosen when the first engine of this process was created."""
-    return torch.get_num_threads()
+class Settings(NamedTuple):
+    """torch's global settings that an engine changes while it computes."""
+
+    threads: int
+    deterministic: bool = True
+    warn_only: bool = True  # whether an operation without a deterministic kernel warns instead of failing
+    fills_memory: bool = False  # whether deterministic mode writes each new tensor first: no result needs it
+    cudnn_attention: bool = False  # would search a plan for each new length
+
+    @classmethod
+    def current(cls) -> Settings:
+        """Those of the process now."""
+        return cls(
+            torch.get_num_threads(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            _TORCH.utils.deterministic.fill_uninitialized_memory,
+            _TORCH.backends.cuda.cudnn_sdp_enabled(),
+        )
+
+    def _set(self) -> None:
+        torch.set_num_threads(self.threads)
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.warn_only)
+        _TORCH.utils.deterministic.fill_uninitialized_memory = self.fills_memory
+        _TORCH.backends.cuda.enable_cudnn_sdp(self.cudnn_attention)
+
+    @contextlib.contextmanager
+    def use(self, device: torch.device) -> Iterator[None]:
+        """Context manager with these settings, on this device; then the process has its own again."""
+        previous = self.current()
+        try:
+            self._set()
+            with torch.cuda.device(device if device.type == "cuda" else -1):  # -1: changes nothing
+                yield
+        finally:
+            previous._set()
+
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """Context manager without TF32 or bfloat16 in float32 products; then the program's settings are back."""
+    stated = {backend: _stated_precision(backend, "matmul") for backend in ("cuda", "mkldnn")}
+    for backend in stated:
+        _set_precision(backend, "matmul", "ieee")
+    older = torch.get_float32_matmul_precision()  # its older name: an error where they contradict
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(older)  # which also sets both
+        for backend, precision in stated.items():
+            _set_precision(backend, "matmul", precision)
+
+
+def _stated_precision(backend: str, operation: str) -> str:
+    """What the program has set; "none" where that of all operations, or all backends, applies."""
+    effective: str = _get_precision(backend, operation)
+    if backend == "generic":
+        return effective
+    parent = "generic" if operation == "all" else backend
+    stated = _stated_precision(parent, "all")
+    _set_precision(parent, "all", "ieee" if effective == "tf32" else "tf32")
+    is_inherited = _get_precision(backend, operation) != effective
+    _set_precision(parent, "all", stated)
+    return "none" if is_inherited else effective
+
+
+def describe(device: torch.device, *, threads: int) -> dict[str, Any]:
+    """What computes on a device, for the environment of a run: of a GPU, nothing of its host."""
+    try:
+        precision = torch.get_float32_matmul_precision()
+    except RuntimeError:  # the program has set it by its newer name
+        precision = f"{_TORCH.backends.cuda.matmul.fp32_precision} on CUDA"
+    described: dict[str, Any] = {"device": device.type, "matmul_precision": precision}
+    if device.type == "cpu":
+        described |= {"cpu": torch.backends.cpu.get_cpu_capability(), "threads": threads}
+    if device.type == "cuda":
+        cuda, kernels = torch.backends.cuda, ("flash", "mem_efficient", "math")
+        described |= {
+            "device": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda,
+            "cudnn": _TORCH.backends.cudnn.version(),
+            "attention_kernels": [name for name in kernels if getattr(cuda, f"{name}_sdp_enabled")()],
+        }
+        with contextlib.suppress(OSError):  # not everywhere
+            described["driver"] = Path("/sys/module/nvidia/version").read_text().strip()
+    return described
+
+
+def is_deterministic(compute: Callable[[], object], *, model: str) -> bool:
+    """Whether all operations of ``compute`` have a deterministic kernel; ends, and warns, at one without."""
+    try:
+        compute()
+    except RuntimeError as error:
+        operation, is_named, _ = str(error).partition(" does not have a deterministic implementation")
+        if not is_named and "is not deterministic" not in operation:  # of cuBLAS, as the program set it up
+            raise
+        problem = f"{operation if is_named else 'a matrix product'} has no deterministic kernel here"
+        warn_once(f"--model {model}: {problem}, so a resumed or repeated run may differ in the last bits")
+        return False
+    return True
 
 
 def reseed(*, seed: int, step: int, micro_step: int) -> None:
@@ -53,7 +171,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     """State of the generators of the CPU and of the device, as uint8 tensors."""
     states = {"cpu": torch.get_rng_state()}
     if device.type != "cpu":
-        states[device.type] = _accelerator(device).get_rng_state()
+        states[device.type] = _accelerator(device).get_rng_state(device)
     return states
 
 
@@ -62,16 +180,34 @@ def load_rng_state(states: Mapping[str, Any], device: torch.device) -> None:
     if "cpu" in states:
         torch.set_rng_state(states["cpu"])
     if device.type != "cpu" and device.type in states:
-        _accelerator(device).set_rng_state(states[device.type])
+        _accelerator(device).set_rng_state(states[device.type], device)
 
 
-def memory_use(device: torch.device) -> MemoryUse | None:
-    """Bytes allocated on the device; None for the CPU, whose memory is the host's."""
+@torch.no_grad()
+def all_finite(tensors: list[torch.Tensor], *, on_cpu: bool) -> bool:
+    """Whether every element of tensors on one device is finite."""
+    # A sum is finite only if every term is: one pass, and one synchronization. A GPU runs few kernels for all
+    # norms; a CPU is faster at sums.
+    sums = [tensor.sum() for tensor in tensors] if on_cpu else torch._foreach_norm(tensors, 1)
+    if bool(torch.isfinite(torch.stack([*sums])).all()):
+        return True
+    # Or a sum of finite terms overflowed: look at each element.
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+
+
+def device_memory(device: torch.device) -> DeviceMemory | None:
+    """Memory used on the device; None for the CPU, whose memory is the host's."""
     if device.type == "cuda":
-        return MemoryUse(torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device))
+        stats = torch.cuda.memory_stats(device)  # once: it gathers a hundred counters
+        return DeviceMemory(
+            allocated=stats["allocated_bytes.all.current"],
+            allocated_peak=stats["allocated_bytes.all.peak"],
+            reserved=stats["reserved_bytes.all.current"],
+            reserved_peak=stats["reserved_bytes.all.peak"],
+        )
     if device.type == "mps":
-        now = torch.mps.current_allocated_memory()
-        return MemoryUse(now, now)  # MPS records no peak
+        reserved = torch.mps.driver_allocated_memory()  # MPS records no peak
+        return DeviceMemory(torch.mps.current_allocated_memory(), reserved, reserved, reserved)
     return None
 
 
