@@ -98,9 +98,9 @@ def random_tensor(dtype: np.dtype, count: int) -> torch.Tensor:
     return torch.from_numpy(random_items(dtype, count).view(np.uint8)).view(torch_dtype)
 
 
-def as_tensor(array: np.ndarray) -> Any:
+def as_tensor(array: np.ndarray, device: str = "cpu") -> Any:
     """A torch tensor with a copy of these values; a copy of the array where torch is not installed."""
-    return array.copy() if torch is None else torch.from_numpy(array.copy())
+    return array.copy() if torch is None else torch.from_numpy(array.copy()).to(device)
 
 
 def two_dimensional(count: int) -> tuple[int, int]:

@@ -29,7 +29,7 @@ LOADS: dict[str, Callable[[CheckpointManager], object]] = {
 
 def large_buffers() -> int:
     """The number of blocks of memory and mapped files that may hold a checkpoint."""
-    return sum(type(object_) is mmap.mmap and len(object_) >= SIZE for object_ in gc.get_objects())
+    return sum(isinstance(object_, mmap.mmap) and len(object_) >= SIZE for object_ in gc.get_objects())
 
 
 @pytest.mark.parametrize("name", LOADS)

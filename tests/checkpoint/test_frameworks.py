@@ -5,6 +5,7 @@ Each check runs in a process of its own: a process that imported jax gets a warn
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -49,7 +50,8 @@ with_layout = lambda layout, host: layout(array(host))
 """,
 }
 COMMON = """
-import sys, threading
+import sys, threading, warnings
+warnings.filterwarnings("error", module=r"__main__$|distrust\b")
 from distrust import Checkpoint, CheckpointManager
 from distrust.errors import ConfigError, UnsupportedState
 
@@ -67,7 +69,7 @@ def random_array(name):
 
 
 @pytest.fixture
-def check(run_python, tmp_path):
+def check(run_python, forked_jax, tmp_path):
     """Run a program for a framework and return its output; its warnings are errors."""
 
     def run(framework: str, code: str) -> str:
@@ -76,8 +78,8 @@ def check(run_python, tmp_path):
             framework,
             tmp_path,
             JAX_PLATFORMS="cpu",
+            python=forked_jax if framework == "jax" else sys.executable,
             XLA_FLAGS="--xla_force_host_platform_device_count=2",
-            PYTHONWARNINGS="error:::__main__,error:::distrust",
         )
         assert process.returncode == 0, process.stderr
         return process.stdout

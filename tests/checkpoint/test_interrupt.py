@@ -98,7 +98,7 @@ def test_interrupt_right_after_the_file_is_created_removes_it(tmp_path, monkeypa
 def test_interrupted_load_leaves_no_thread_and_no_open_file(
     tmp_path, monkeypatch, interrupt_call, no_thread_left, cold, read
 ):
-    monkeypatch.setattr(verified_read, "_is_cold", lambda *_: cold)
+    monkeypatch.setattr(verified_read, "is_cold", lambda *_: cold)
     monkeypatch.setattr(verified_read, "FETCH_BYTES", EDGE)
     monkeypatch.setattr(verified_read, "PIECE_BYTES", EDGE)
     with CheckpointManager(tmp_path) as manager:

@@ -55,7 +55,7 @@ def read_path(request, monkeypatch) -> str:
 
 
 def use_mode(mode: str, patch: pytest.MonkeyPatch, *, fetch_bytes: int = EDGE) -> None:
-    patch.setattr(verified_read, "_is_cold", lambda _, header: mode == "direct" and header.tensors)
+    patch.setattr(verified_read, "is_cold", lambda _, header: mode == "direct" and header.tensors)
     patch.setattr(verified_read, "FETCH_BYTES", fetch_bytes)
     patch.setattr(verified_read, "PIECE_BYTES", EDGE)
     patch.setattr(verified_read, "LARGE_TENSOR_BYTES", 9 * EDGE)  # both kinds occur among the states
@@ -71,7 +71,7 @@ def drop_from_cache(path: Path) -> None:
 
 def is_cold(manager: CheckpointManager, path: Path) -> bool:
     with path.open("rb") as file:
-        return verified_read._is_cold(file.fileno(), manager.inspect(path).header)
+        return verified_read.is_cold(file.fileno(), manager.inspect(path).header)
 
 
 def load(manager: CheckpointManager, path: Path, mode: str, framework: str = "numpy") -> Checkpoint:

@@ -66,10 +66,10 @@ def free_memory(monkeypatch) -> Callable[[int], None]:
 class Training:
     """A state of numpy and torch arrays that are modified in place."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         ones = np.ones(3000, np.int64)
         self.arrays = {
-            section: {"numpy": ones.copy(), "torch": as_tensor(ones)}
+            section: {"numpy": ones.copy(), "torch": as_tensor(ones, device)}
             for section in ("model", "optimizer", "rng", "history")
         }
 
@@ -91,9 +91,10 @@ class Training:
         )
 
 
+@pytest.mark.device
 @pytest.mark.usefixtures("write_path")
-def test_without_overlap_the_caller_may_modify_everything_at_once(manager, gate):
-    training = Training()
+def test_without_overlap_the_caller_may_modify_everything_at_once(manager, gate, device):
+    training = Training(device)
     writing = gate(file_writer, "AtomicCheckpointFile")
 
     pending = manager.save_async(training.checkpoint)
@@ -105,9 +106,10 @@ def test_without_overlap_the_caller_may_modify_everything_at_once(manager, gate)
     assert training.is_unmodified(manager.load(1))
 
 
+@pytest.mark.device
 @pytest.mark.usefixtures("write_path")
-def test_with_overlap_the_caller_may_modify_weights_after_wait_copied(manager, gate):
-    training = Training()
+def test_with_overlap_the_caller_may_modify_weights_after_wait_copied(manager, gate, device):
+    training = Training(device)
     copying, writing = gate(arrays, "fill"), gate(file_writer, "AtomicCheckpointFile")
 
     pending = manager.save_async(training.checkpoint, overlap=True)

@@ -91,7 +91,9 @@ class FileWriter:
                 self._write(path, size, step, pending_copy.write)
 
         # The thread gets no reference to `prepared`: the caller's arrays are freed once they are copied.
-        return state.background.start(path, copy=lambda: pending_copy.copy(path), write=write)
+        pending = state.background.start(path, copy=lambda: pending_copy.copy(path), write=write)
+        pending.add_done_callback(pending_copy.drop)
+        return pending
 
     def _prepare(self, checkpoint: Checkpoint, kind: Kind) -> serialization.PreparedCheckpoint:
         return serialization.prepare(checkpoint, kind, record_host=self._record_host)

@@ -116,21 +116,23 @@ class CheckpointManager:
         with self._state.mutex, WarningCollector():
             return self._writer.save_async(checkpoint, final=final, overlap=overlap)
 
-    def reserve(self, nbytes: int) -> bool:
+    def reserve(self, nbytes: int, *, device: str | None = None) -> bool:
         """Allocate the memory for background saves, so that the first one is as fast as the next.
 
-        ``nbytes`` is the total size of all arrays of a checkpoint. Returns False, and allocates nothing, if
-        that exceeds a quarter of the free memory.
+        ``nbytes`` is the total size of all arrays of a checkpoint; for tensors of torch on a ``device`` such
+        as ``cuda:0`` the memory is page-locked. Returns False, and allocates nothing, if ``nbytes`` exceeds a
+        quarter of the free memory.
 
         Raises:
-            ConfigError: if ``nbytes`` is not a number of bytes.
+            ConfigError: if ``nbytes`` is not a number of bytes, or torch cannot use the device.
             SaveFailed: if the background save before this failed and no call has raised that.
         """
         if type(nbytes) is not int or nbytes < 0:  # bool is an int, too
             raise ConfigError(f"reserve({nbytes!r}): give a whole number of bytes, 0 or more")
-        with self._state.mutex:
+        page_lock = arrays.page_lock(device) if device is not None else None
+        with self._state.mutex, WarningCollector():
             self._state.background.wait()  # a save may be using the buffer
-            return self._state.snapshot.reserve(nbytes)
+            return self._state.snapshot.reserve(nbytes, page_lock)
 
     def list_checkpoints(self) -> list[int]:
         """The steps that have a checkpoint, in ascending order, final and foreign ones included."""
@@ -147,6 +149,7 @@ class CheckpointManager:
         framework: arrays.Framework = "numpy",
         mmap: bool = False,
         verify: Verify = "full",
+        device: str | None = None,
     ) -> Checkpoint:
         """Read and verify a checkpoint, in this library's format or a foreign one.
 
@@ -162,12 +165,15 @@ class CheckpointManager:
                 does no harm.
             verify: ``lazy``, with ``mmap``, verifies each tensor when it is first taken out of its section,
                 and raises CorruptCheckpoint there.
+            device: of the tensors of torch in ``model`` and ``optimizer``, such as ``cuda:0``. They are read
+                through a few page-locked blocks, and are never in host memory as a whole.
 
         Raises:
             CheckpointNotFound: listing the steps that exist.
             CorruptCheckpoint: if any byte differs from what was written.
             CheckpointUnreadable: if this process cannot read it: permissions, memory.
-            ConfigError: if the framework, or a dtype of it, is not available; for ``lazy`` without ``mmap``.
+            ConfigError: if the framework, or a dtype or device of it, is not available; for ``lazy`` without
+                ``mmap``; for ``device`` with ``mmap``, or for a foreign checkpoint.
         """
         if verify not in get_args(Verify):
             raise ConfigError(f"verify={verify!r} is none of {', '.join(get_args(Verify))}")
@@ -175,12 +181,14 @@ class CheckpointManager:
         if lazy and not mmap:
             raise ConfigError('verify="lazy" needs mmap=True: without it everything is read now')
         with WarningCollector():  # no mutex: reading never waits for a save
-            return self._reader.load(checkpoint, framework, mapped=mmap, lazy=lazy)[1]
+            return self._reader.load(checkpoint, framework, mapped=mmap, lazy=lazy, device=device)[1]
 
-    def load_latest(self, *, framework: arrays.Framework = "numpy", mmap: bool = False) -> Checkpoint:
+    def load_latest(
+        self, *, framework: arrays.Framework = "numpy", mmap: bool = False, device: str | None = None
+    ) -> Checkpoint:
         """Read the newest checkpoint that verifies; warn of each newer one that does not.
 
-        A foreign one without a model is skipped likewise. ``framework`` and ``mmap`` as in :meth:`load`.
+        A foreign one without a model is skipped likewise. The arguments are those of :meth:`load`.
 
         Raises:
             CheckpointNotFound: if there are none at all.
@@ -189,7 +197,7 @@ class CheckpointManager:
                 one would lose what it did.
         """
         with WarningCollector():
-            return self._reader.load_first_intact(framework, mapped=mmap)[1]
+            return self._reader.load_first_intact(framework, mapped=mmap, device=device)[1]
 
     def load_best(self, *, framework: arrays.Framework = "numpy", mmap: bool = False) -> Checkpoint:
         """As :meth:`load_latest`, the checkpoint with the best metric.

@@ -7,9 +7,11 @@ which is several times slower and varies a lot.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import ctypes
 import mmap
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from distrust.checkpoint import parallel
@@ -17,19 +19,48 @@ from distrust.checkpoint import parallel
 _LINUX = os.uname().sysname == "Linux"
 PAGE_BYTES = 4096  # direct I/O needs memory, offsets and lengths in multiples of it
 _LARGE_PAGE_BYTES = 2 << 20
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; Python does not define it
+_MADV_WIPEONFORK, _MADV_POPULATE_WRITE = 18, 23  # Linux 4.14, 5.14; Python does not define them
 _TOUCH_BYTES = 64 << 20  # per task of a thread
+_LOCK_BYTES = 64 << 20  # page-locked ahead: locking a large memory again takes long
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 _LARGE_BLOCK_BYTES = 1 << 20
 _LARGEST_BLOCK_BYTES = 32 << 20  # glibc's upper bound of the threshold: it always unmaps larger blocks
 
+#: (address, bytes) -> what unlocks that memory again. It is called in a thread of its own.
+PageLock = Callable[[int, int], Callable[[], None]]
 
-def allocate(nbytes: int) -> mmap.mmap:
+
+class Memory(mmap.mmap):
+    """Memory that may be page-locked, until the last view of it is gone."""
+
+    unlock: Callable[[], None] = staticmethod(lambda: None)
+
+    def lock(self, nbytes: int, page_lock: PageLock) -> None:
+        """Page-lock the first ``nbytes``, in one piece: a copy may not cross the edge of what is locked."""
+
+        def lock_again() -> None:
+            self.unlock()
+            self.unlock = Memory.unlock
+            self.unlock = page_lock(address_of(self), nbytes)
+
+        context = contextvars.copy_context()  # which collects warnings
+        thread = parallel.WorkerPool(1)  # no interrupt reaches it, between what is done and its record
+        try:
+            thread.submit(lambda: context.run(lock_again))
+            thread.finish()
+        finally:
+            thread.stop()
+
+    def __del__(self) -> None:
+        self.unlock()  # before it is unmapped
+
+
+def allocate(nbytes: int) -> Memory:
     """Return zeroed, page-aligned memory of at least ``nbytes``, not yet touched. Raises MemoryError."""
     # Without a request for large pages: on virtual machines that return free large pages to their host, the
     # first touch of each is several times slower.
     try:
-        return mmap.mmap(-1, max(nbytes, PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return Memory(-1, max(nbytes, PAGE_BYTES), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise MemoryError(f"no memory for {nbytes:,} bytes: {error.strerror}") from None
 
@@ -43,11 +74,15 @@ class ReusableMemory:
     """A buffer that is kept between uses, and replaced by a larger one when a use needs more."""
 
     def __init__(self) -> None:
-        self._memory: mmap.mmap | None = None
+        self._memory: Memory | None = None
         self.touched_bytes = 0  # they cost no page fault any more
+        self._locked_bytes = 0
 
-    def acquire(self, nbytes: int) -> mmap.mmap:
-        """Return at least ``nbytes``, all touched; memory returned before is invalid. Raises MemoryError."""
+    def acquire(self, nbytes: int, page_lock: PageLock | None = None) -> Memory:
+        """Return at least ``nbytes``, all touched; memory returned before is invalid. Raises MemoryError.
+
+        ``page_lock`` page-locks them for the copies of a device, unless they are already.
+        """
         if self._memory is None or len(self._memory) < nbytes:
             self.release()
             # Room to grow with the history of a run: pages that are not touched use no memory.
@@ -56,15 +91,22 @@ class ReusableMemory:
             with contextlib.suppress(OSError, AttributeError):  # a kernel without large pages, or macOS
                 self._memory.madvise(mmap.MADV_HUGEPAGE)
         if self.touched_bytes < nbytes:
-            end = min(round_up(nbytes, _LARGE_PAGE_BYTES), len(self._memory))
+            unit = _LOCK_BYTES if page_lock else _LARGE_PAGE_BYTES
+            end = min(round_up(nbytes, unit), len(self._memory))
             _touch(address_of(self._memory), self.touched_bytes, end)
             self.touched_bytes = end
+        if page_lock and self._locked_bytes < nbytes:
+            with contextlib.suppress(OSError):
+                # A forked child gets zeros. Shared pages would be copied, and the device keep the old ones.
+                self._memory.madvise(_MADV_WIPEONFORK)
+            self._memory.lock(self.touched_bytes, page_lock)
+            self._locked_bytes = self.touched_bytes  # if that failed, too: it is not tried at every save
         return self._memory
 
     def release(self) -> None:
         """Return the memory to the system."""
         self._memory = None  # not closed: existing views keep it alive until they are gone
-        self.touched_bytes = 0
+        self.touched_bytes = self._locked_bytes = 0
 
 
 def round_up(nbytes: int, unit: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from distrust.checkpoint import arrays, catalog, foreign, retention, serialization
 from distrust.checkpoint.checkpoint import Checkpoint
@@ -16,6 +16,7 @@ from distrust.checkpoint.retention import Retention
 from distrust.errors import (
     CheckpointError,
     CheckpointNotFound,
+    ConfigError,
     CorruptCheckpoint,
     DamagedCheckpointWarning,
     DistrustWarning,
@@ -40,23 +41,21 @@ class Reader:
         self._rules = rules
 
     def load(
-        self, target: Target, framework: arrays.Framework, *, mapped: bool = False, lazy: bool = False
+        self, target: Target, framework: arrays.Framework, *, lazy: bool = False, **options: Any
     ) -> Loaded:
-        """Read and verify one checkpoint."""
-        file, checkpoint = self.read(target, lambda path: _load(path, framework, mapped=mapped, lazy=lazy))
+        """Read and verify one checkpoint; the options are those of :func:`serialization.load`."""
+        file, checkpoint = self.read(target, lambda path: _load(path, framework, lazy=lazy, **options))
         # A lazy one is not verified yet; one in another directory is no file of this one.
         if file.path.parent == self._state.directory and not lazy:
             self._state.record_loaded(file)
         return file, checkpoint
 
-    def load_first_intact(
-        self, framework: arrays.Framework, *, best: bool = False, mapped: bool = False
-    ) -> Loaded:
+    def load_first_intact(self, framework: arrays.Framework, *, best: bool = False, **options: Any) -> Loaded:
         """Read the newest checkpoint that verifies, or of those that do the one with the best metric."""
         while True:
             files = self._list_best_first() if best else self._list_newest_first()
             try:
-                return self._load_first_of(files, lambda path: _load(path, framework, mapped=mapped))
+                return self._load_first_of(files, lambda path: _load(path, framework, **options))
             except CheckpointNotFound:
                 continue  # a writer removed one between listing and reading: list again
 
@@ -165,13 +164,15 @@ class Reader:
         )
 
 
-def _load(path: Path, framework: arrays.Framework, *, mapped: bool = False, lazy: bool = False) -> Loaded:
+def _load(path: Path, framework: arrays.Framework, **options: Any) -> Loaded:
     if reader := foreign.find_reader(path):  # always read whole: it has no digests to verify parts by
+        if options.get("device") is not None:
+            raise ConfigError(f"{path}: is in a foreign format: leave out device=")
         header, checkpoint = reader.read(path, framework=framework)
         file = CheckpointFile(path, header)
         file.require_name()  # as for the core's own format
         return file, checkpoint
-    return serialization.load(path, framework=framework, mapped=mapped, lazy=lazy)
+    return serialization.load(path, framework=framework, **options)
 
 
 def _format_steps(steps: Iterable[int]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import arrays, tree, verified_read
+from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.catalog import open_checkpoint
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.checkpoint_file import CheckpointFile
@@ -20,7 +21,7 @@ from distrust.checkpoint.header import parse_header
 from distrust.checkpoint.lazy import LazyMapping, LazyTensor
 from distrust.checkpoint.memory import allocate
 from distrust.checkpoint.tree import ARRAY_SECTIONS, STATE_SECTIONS
-from distrust.errors import UnsupportedState
+from distrust.errors import ConfigError, UnsupportedState
 
 _PLAIN_SECTIONS = tuple(f"{section}." for section in STATE_SECTIONS if section not in ARRAY_SECTIONS)
 
@@ -70,26 +71,34 @@ def state_digest(checkpoint: Checkpoint, kind: Kind) -> str:
 
 
 def load(
-    path: Path, *, framework: arrays.Framework, mapped: bool = False, lazy: bool = False
+    path: Path, *, framework: Framework, mapped: bool = False, lazy: bool = False, device: str | None = None
 ) -> tuple[CheckpointFile, Checkpoint]:
     """Read and verify a checkpoint; return its header with its path, and its content.
 
     ``mapped`` gives views of the mapped file instead of copies; ``lazy``, which requires it, verifies each
-    tensor on first access instead of now. Raises CheckpointNotFound, CorruptCheckpoint if a byte is not what
-    was written, or ConfigError if the framework is not installed or lacks a dtype.
+    tensor on first access instead of now. ``device`` loads model and optimizer to a device of torch. Raises
+    CheckpointNotFound, CorruptCheckpoint if a byte is not what was written, or ConfigError if the framework
+    is not installed, or lacks a dtype or the device.
     """
     import numpy as np
 
     arrays.require_framework(framework)
+    if device is not None and (mapped or framework != "torch"):
+        raise ConfigError(f'device={device!r} needs framework="torch", and no mmap=True')
     with errors_with_path(path), open_checkpoint(path) as (descriptor, header):
-        content = (verified_read.map_file if mapped else verified_read.load)(descriptor, header)
-        data = np.frombuffer(content.data, np.uint8)
         tensors = {tensor.name: tensor for tensor in header.tensors}
+        if device is not None:
+            from distrust.checkpoint.arrays import device_read  # imports torch
+
+            data = device_read.load(descriptor, header, device)
+        else:
+            content = (verified_read.map_file if mapped else verified_read.load)(descriptor, header)
+            block, starts = np.frombuffer(content.data, np.uint8), content.offsets
+            data = {name: block[starts[name] :][: tensor.nbytes] for name, tensor in tensors.items()}
 
         def build_array(label: str) -> Any:
-            tensor, start = tensors[label], content.offsets[label]
-            tensor_data = data[start : start + tensor.nbytes]
-            return arrays.from_host(tensor_data, tensor.dtype, tensor.shape, framework=framework)
+            tensor = tensors[label]
+            return arrays.from_host(data[label], tensor.dtype, tensor.shape, framework=framework)
 
         def verify_and_build(label: str) -> Any:
             with errors_with_path(path):  # the one around this function has ended by then

@@ -108,21 +108,23 @@ def save_file_async(path: _Path, checkpoint: Checkpoint, *, overlap: bool = Fals
     return FileSaver().save_async(path, checkpoint, overlap=overlap)
 
 
-def load_file(path: _Path, *, framework: arrays.Framework = "numpy") -> Checkpoint:
+def load_file(path: _Path, *, framework: arrays.Framework = "numpy", device: str | None = None) -> Checkpoint:
     """Read a checkpoint under any name, and verify every byte.
 
     Args:
         path: the file.
         framework: of the arrays: ``numpy``, ``torch``, ``jax`` or ``mlx``.
+        device: of the tensors of torch in ``model`` and ``optimizer``, as for ``CheckpointManager.load``.
 
     Raises:
         CheckpointNotFound: there is no such file.
         CorruptCheckpoint: a byte differs from what was written, or it is no checkpoint.
         CheckpointUnreadable: this process cannot read it: permissions, memory.
         UnsupportedVersion: a later version of this program wrote it.
-        ConfigError: the framework, or a dtype of it, is not available.
+        ConfigError: the framework, or a dtype or device of it, is not available.
     """
-    return serialization.load(_absolute(path), framework=framework)[1]
+    with WarningCollector():
+        return serialization.load(_absolute(path), framework=framework, device=device)[1]
 
 
 def verify_file(path: _Path) -> None:

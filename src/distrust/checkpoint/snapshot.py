@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from distrust.checkpoint import arrays, stream_writer
-from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, available_bytes, round_up
+from distrust.checkpoint.memory import PAGE_BYTES, PageLock, ReusableMemory, available_bytes, round_up
 from distrust.checkpoint.serialization import PreparedCheckpoint
 from distrust.checkpoint.storage import AtomicCheckpointFile
 from distrust.errors import SaveFailed
@@ -30,6 +31,8 @@ class PendingCopy(NamedTuple):
     copy: Callable[[Path], None]
     #: Writes the state into a new file, which the caller commits; returns the digest of its header.
     write: Callable[[AtomicCheckpointFile], str]
+    #: Drops the arrays that a failed save has left: its error may live long.
+    drop: Callable[[], None]
 
 
 class Snapshot:
@@ -38,13 +41,13 @@ class Snapshot:
     def __init__(self) -> None:
         self._memory = ReusableMemory()
 
-    def reserve(self, nbytes: int) -> bool:
+    def reserve(self, nbytes: int, page_lock: PageLock | None = None) -> bool:
         """Allocate and touch ``nbytes``; return whether the memory budget and the system allow that."""
         missing = nbytes - self._memory.touched_bytes
         if missing > 0 and missing > BUDGET * available_bytes():
             return False
         try:
-            self._memory.acquire(round_up(nbytes, PAGE_BYTES))
+            self._memory.acquire(round_up(nbytes, PAGE_BYTES), page_lock)
         except MemoryError:  # a limit that the estimate does not know, such as ulimit -v
             return False
         return True
@@ -71,28 +74,41 @@ class Snapshot:
         if sum(flats[label].nbytes for label in mutable) > BUDGET * available_bytes():
             return None
         flats |= {label: arrays.private_copy(flats[label]) for label in mutable}
-        unchanging = replace(prepared, flat_arrays=[*flats.values()])  # |= keeps the order
-        return PendingCopy(
-            lambda _: None, lambda file: stream_writer.write_streaming(file, unchanging, block_buffer)
-        )
+        unchanging = [*flats.values()]  # |= keeps the order
+        private = replace(prepared, flat_arrays=unchanging)
+        write = partial(stream_writer.write_streaming, prepared=private, block_buffer=block_buffer)
+        return PendingCopy(lambda _: None, write, unchanging.clear)
 
     def _copy_all(self, prepared: PreparedCheckpoint, deferred: tuple[str, ...]) -> PendingCopy | None:
         layout = prepared.layout
-        if not self.reserve(layout.data_bytes):
+        stream = arrays.copy_stream(prepared.flat_arrays)
+        if not self.reserve(layout.data_bytes, stream.page_lock if stream else None):
             return None
         memory = self._memory.acquire(round_up(layout.data_bytes, PAGE_BYTES))
-        pending = []
+        pending, on_device = [], []
         rows = zip(layout.names, layout.edges, prepared.flat_arrays, strict=False)  # the last edge is the end
         # Adjacent arrays are copied together.
-        for is_deferred, group in itertools.groupby(rows, key=lambda row: row[0].startswith(deferred)):
+        groups = itertools.groupby(
+            rows, key=lambda row: (row[0].startswith(deferred), getattr(row[2], "device", None), row[2].dtype)
+        )
+        for (is_deferred, device, _), group in groups:
             _, offsets, flats = zip(*group, strict=True)
-            if is_deferred:
-                pending.append((offsets[0], flats, arrays.versions(flats)))
-            else:
+            if not is_deferred:
                 arrays.fill(memory, offsets[0], flats)
+            elif stream and device == stream.device:
+                on_device.append((offsets[0], flats))
+            else:
+                pending.append((offsets[0], flats, arrays.versions(flats)))
+        copies = (stream.gather([flats for _, flats in on_device]) if stream else None) or []
+        pending += [(offset, flats, arrays.versions(flats)) for offset, flats in on_device[len(copies) :]]
+        # First those that are copied on the device, and nobody else's.
+        gathered = len(copies)
+        pending[:0] = [(offset, copy, []) for (offset, _), copy in zip(on_device, copies, strict=False)]
 
         def copy(path: Path) -> None:
-            while pending:  # popped, so that the caller's arrays are not referenced longer than needed
+            if stream:
+                stream.wait()  # until the copies on the device are made: then the caller may use any stream
+            while len(pending) > gathered:  # popped: no reference to the caller's arrays longer than needed
                 offset, flats, versions = pending.pop()
                 arrays.fill(memory, offset, flats)
                 if arrays.versions(flats) != versions:  # changed before or during the copy
@@ -102,4 +118,9 @@ class Snapshot:
                         path=path,
                     )
 
-        return PendingCopy(copy, lambda file: stream_writer.write_snapshot(file, layout, memory))
+        def write(file: AtomicCheckpointFile) -> str:
+            while pending:  # popped, so that the device gets its memory back
+                arrays.fill(memory, *pending.pop()[:2])
+            return stream_writer.write_snapshot(file, layout, memory)
+
+        return PendingCopy(copy, write, pending.clear)

@@ -52,7 +52,8 @@ def write_streaming(
     layout = prepared.layout
     digests = _TensorDigests(layout)
     slots = min(BLOCKS, len(_blocks(layout)))
-    memory = block_buffer.acquire(slots * BLOCK_BYTES)
+    stream = arrays.copy_stream(prepared.flat_arrays)
+    memory = block_buffer.acquire(slots * BLOCK_BYTES, stream.page_lock if stream else None)
     writes: deque[threading.Event] = deque()
     for number, (begin, end) in enumerate(_blocks(layout)):
         if number >= slots:

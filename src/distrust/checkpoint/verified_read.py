@@ -62,7 +62,7 @@ def load(descriptor: int, header: Header) -> TensorBytes:
     memory = allocate(starts[-1])
     offsets = {tensor.name: start for tensor, start in zip(header.tensors, starts, strict=False)}
     content = TensorBytes(memoryview(memory), offsets)
-    if _is_cold(descriptor, header):
+    if is_cold(descriptor, header):
         with _Prefetcher(descriptor, header, content, address_of(memory)) as prefetcher:
             verify(header.tensors, prefetcher.wait_for)
         return content
@@ -88,7 +88,7 @@ def map_file(descriptor: int, header: Header) -> TensorBytes:
 def verify_file(descriptor: int, header: Header) -> None:
     """Read and verify all tensors in scratch memory, keeping none."""
     scratch = threading.local()
-    size = max((_piece_bytes(tensor) for tensor in header.tensors), default=0)
+    size = max(map(piece_bytes, header.tensors), default=0)
 
     def read_piece(tensor: TensorInfo, begin: int, end: int) -> memoryview:
         if not hasattr(scratch, "view"):
@@ -104,7 +104,7 @@ def verify(tensors: Sequence[TensorInfo], read_piece: Callable[[TensorInfo, int,
     """Compare each tensor's digest with the header's; read the pieces of a tensor in order."""
 
     def verify_one(tensor: TensorInfo) -> None:
-        step = _piece_bytes(tensor)
+        step = piece_bytes(tensor)
         hasher = tensor_hasher(all_cores=step == LARGE_PIECE_BYTES)
         for begin in range(0, tensor.nbytes, step):
             hasher.update(read_piece(tensor, begin, min(begin + step, tensor.nbytes)))
@@ -114,7 +114,8 @@ def verify(tensors: Sequence[TensorInfo], read_piece: Callable[[TensorInfo, int,
     parallel.run(verify_one, tensors, threads=parallel.cores() if total > PIECE_BYTES else 1)
 
 
-def _piece_bytes(tensor: TensorInfo) -> int:
+def piece_bytes(tensor: TensorInfo) -> int:
+    """Return the size of the pieces that :func:`verify` reads, in bytes."""
     if tensor.nbytes >= LARGE_TENSOR_BYTES:
         return LARGE_PIECE_BYTES
     return min(PIECE_BYTES, max(1, tensor.nbytes))  # at least 1: it is the step of a range
@@ -128,7 +129,7 @@ def check_digest(tensor: TensorInfo, digest: str) -> None:
         raise CorruptCheckpoint(problem, tensor=tensor.name)
 
 
-def _is_cold(descriptor: int, header: Header) -> bool:
+def is_cold(descriptor: int, header: Header) -> bool:
     """Return whether most of the data is outside the page cache, judged by a few probes."""
     start = header.tensors[0].offset if header.tensors else header.file_size
     size = header.file_size - start
@@ -206,27 +207,11 @@ class _Prefetcher:
                     bounce = bounce or allocate(FETCH_BYTES)
                     begin = self._begin + block * FETCH_BYTES
                     end = min(begin + FETCH_BYTES, self._header.file_size)
-                    self._read(memoryview(bounce), begin, end)
+                    read_pages(self._descriptor, memoryview(bounce), begin, end)
                     self._copy(address_of(bounce), begin, end)
             except BaseException as error:
                 self._error = error
             self._arrived[block].set()
-
-    def _read(self, bounce: memoryview, begin: int, end: int) -> None:
-        offset, is_buffered = begin, False
-        while offset < end:
-            try:
-                count = os.preadv(self._descriptor, [bounce[offset - begin :]], offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL or is_buffered:
-                    raise
-                # The file system rejects O_DIRECT on read, or after a short read the unaligned offset.
-                direct_io.disable(self._descriptor)
-                is_buffered = True
-                continue
-            if count == 0:
-                raise CorruptCheckpoint(CUT_WHILE_READ)
-            offset += count
 
     def _copy(self, bounce: int, begin: int, end: int) -> None:
         """Copy the tensors in a block from the address ``bounce`` to their final positions."""
@@ -237,6 +222,24 @@ class _Prefetcher:
             target = self._address + self._content.offsets[tensor.name] + first - tensor.offset
             # memmove through ctypes releases the GIL; a slice assignment holds it.
             ctypes.memmove(target, bounce + first - begin, last - first)
+
+
+def read_pages(descriptor: int, memory: memoryview, begin: int, end: int) -> None:
+    """Read from ``begin``, a multiple of a page, at least to ``end``, with direct I/O if it is enabled."""
+    offset, is_buffered = begin, False
+    while offset < end:
+        try:
+            count = os.preadv(descriptor, [memory[offset - begin :]], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or is_buffered:
+                raise
+            # The file system rejects O_DIRECT on read, or after a short read the unaligned offset.
+            direct_io.disable(descriptor)
+            is_buffered = True
+            continue
+        if count == 0:
+            raise CorruptCheckpoint(CUT_WHILE_READ)
+        offset += count
 
 
 def _end_of(tensor: TensorInfo) -> int:

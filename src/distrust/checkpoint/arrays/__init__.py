@@ -17,10 +17,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
 from distrust.checkpoint.format import Description
+from distrust.checkpoint.memory import PageLock
 from distrust.errors import ConfigError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from distrust.checkpoint.arrays.copy_streams import CopyStream
 
 Framework = Literal["numpy", "torch", "jax", "mlx"]
 
@@ -61,6 +64,7 @@ class Adapter(NamedTuple):
     #: Copies flat arrays into memory, back to back from an offset (bytes); returns the end offset.
     fill: Callable[[mmap.mmap, int, Sequence[Any]], int]
     #: (uint8[nbytes], dtype, shape) -> an array on that memory, or a copy if the framework owns its memory.
+    #: That of torch takes a tensor, too.
     from_host: Callable[[Any, str, tuple[int, ...]], Any]
     #: Whether flat arrays keep their contents whatever the owner does with the originals: no snapshot needed.
     zero_copy: bool
@@ -96,6 +100,26 @@ def fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> None:
     for array_type, group in itertools.groupby(flats, key=type):
         adapter = cast(Adapter, _adapter_of(array_type))
         offset = adapter.fill(memory, offset, list(group))
+
+
+def copy_stream(flats: Sequence[Any]) -> CopyStream | None:
+    """Return the stream of copies from the CUDA device of flat arrays; None if there is none, or several."""
+    tensor = getattr(sys.modules.get("torch"), "Tensor", ())  # without torch, nothing is an instance of ()
+    devices = {flat.device for flat in flats if isinstance(flat, tensor)}
+    if not devices:
+        return None
+    from distrust.checkpoint.arrays.copy_streams import STREAMS, shared_stream  # imports torch
+
+    streams = [shared_stream(device) for device in devices if device.type in STREAMS]
+    return streams[0] if len(streams) == 1 else None
+
+
+def page_lock(device: str) -> PageLock | None:
+    """Return what page-locks memory for copies from a device of torch; raise ConfigError if there is none."""
+    require_framework("torch")
+    from distrust.checkpoint.arrays import copy_streams
+
+    return copy_streams.open_device(device).page_lock
 
 
 def versions(flats: Sequence[Any]) -> list[int]:

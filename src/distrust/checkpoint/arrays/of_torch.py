@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from distrust.checkpoint import parallel
-from distrust.checkpoint.arrays import DTYPES, NAMES, Adapter
+from distrust.checkpoint.arrays import DTYPES, NAMES, Adapter, copy_streams
 from distrust.checkpoint.format import Description
 from distrust.errors import ConfigError, UnsupportedState
 
@@ -53,9 +53,12 @@ def _flat_arrays(values: Sequence[Any]) -> list[Any]:
             for flat in flats
         ]
     for device in {flat.device for flat in flats}:
-        if device.type == "cuda":
+        if device.type in copy_streams.STREAMS:
             # The copying thread has another current stream, which would not wait for kernels queued here.
-            torch.cuda.current_stream(device).synchronize()
+            stream = copy_streams.shared_stream(device)
+            stream.follow()
+            if any(flat.device.type == "cpu" and flat.is_pinned() for flat in flats):
+                stream.wait()  # non_blocking copies may be filling them
     return flats
 
 
@@ -69,8 +72,12 @@ def _fill(memory: mmap.mmap, offset: int, flats: Sequence[Any]) -> int:
             continue
         target = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
         offset += target.nbytes
-        if device.type != "cpu":
-            _copy_from_device(target.split(sizes), run)  # type: ignore[no-untyped-call]
+        if device.type != "cpu" or device.type in copy_streams.STREAMS:
+            stream = copy_streams.shared_stream(device)
+            try:
+                stream.copy(target.split(sizes), run)  # type: ignore[no-untyped-call]
+            finally:
+                stream.wait()  # after an error too: until then the copies use this memory and the tensors
             continue
         # One thread where torch uses all cores itself: two such calls would compete for them.
         threads = 1 if max(sizes) > _SERIAL_ELEMENTS else parallel.worthwhile_threads(target.nbytes)
@@ -82,9 +89,10 @@ def _from_host(data: Any, dtype: str, shape: tuple[int, ...]) -> Any:
     torch_dtype = getattr(torch, NAMES[dtype], None)
     if torch_dtype is None:
         raise ConfigError(f"this version of torch has no {dtype}: upgrade it")
-    if not data.size:  # torch reads an empty numpy array as one of stride 0, and refuses to view it
-        return torch.empty(shape, dtype=torch_dtype)
-    return torch.from_numpy(data).view(torch_dtype).reshape(shape)
+    flat = data if isinstance(data, torch.Tensor) else torch.from_numpy(data)
+    if not flat.numel():  # torch reads an empty numpy array as one of stride 0, and refuses to view it
+        return torch.empty(shape, dtype=torch_dtype, device=flat.device)
+    return flat.view(torch_dtype).reshape(shape)
 
 
 def _storage_kind(value: Any) -> tuple[type, Any, Any]:
@@ -109,18 +117,6 @@ def _portions(target: Any, flats: list[Any], sizes: list[int], count: int) -> li
 def _concatenate(portion: tuple[Any, list[Any]]) -> None:
     target, flats = portion
     torch.cat(flats, out=target)  # one call for thousands of tensors; releases the GIL
-
-
-@torch.no_grad()
-def _copy_from_device(targets: Any, flats: list[Any]) -> None:
-    if flats[0].device.type != "cuda":
-        torch._foreach_copy_(targets, flats)
-        return
-    # A stream of its own: the copy overlaps with training, which does not modify these tensors meanwhile.
-    stream: Any = torch.cuda.Stream(flats[0].device)  # type: ignore[no-untyped-call]
-    with torch.cuda.stream(stream):
-        torch._foreach_copy_(targets, flats, non_blocking=True)
-    stream.synchronize()
 
 
 ADAPTER = Adapter(_describe, _flat_arrays, _fill, _from_host, zero_copy=False)  # owners write in place
