@@ -54,7 +54,7 @@ def test_tensorboard_shows_repeated_steps_once(run, eval_data, tmp_path):
     assert {
         "train/learning_rate",
         "speed/tokens_per_second",
-        "memory/gib",
+        "memory/host_gib",
         "eval/perplexity",
     } <= curves.keys()
     alone, _ = run(tmp_path / "alone", observers=[TensorBoardWriter()], **options)

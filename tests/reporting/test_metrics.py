@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 from distrust import DistrustWarning, TrainConfig
 from distrust.checkpoint import snapshot
 from distrust.config import STEP_METRICS
+from distrust.contract import DeviceMemory
 from distrust.reporting import metrics
+from distrust.reporting.dashboards import scalars_of
 from distrust.reporting.metrics import METRICS, PROVENANCE, MetricsWriter, repair_lines
+from distrust.reporting.run_reader import read_run
+from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import CheckpointStarted, Evaluated, StepEnded
 
 EVALUATED = {"eval_every": 2, "eval_at_start": True}
@@ -55,8 +59,28 @@ def test_a_line_for_each_step_and_each_evaluation(train_logged, tmp_path):
         if isinstance(event, Evaluated):
             assert line == {"step": event.step, **event.metrics}
         else:
-            assert line == {name: getattr(event, name) for name in metrics.STEP_FIELDS}
-            assert line["memory_bytes"] > 0
+            names = ("step", *STEP_METRICS, "tokens", "seconds", "stall_seconds")
+            memory = {"host_bytes": event.memory.host, "host_peak_bytes": event.memory.host_peak}
+            assert line == {name: getattr(event, name) for name in names} | memory  # none of a device
+            assert 0 < line["host_bytes"] <= line["host_peak_bytes"]
+
+
+def test_memory_of_a_device_is_logged_apart(train_logged, tmp_path):
+    class OnDevice(ToyEngine):
+        def device_memory(self):
+            return DeviceMemory(*(gib << 30 for gib in (1, 2, 3, 4)))
+
+    _, events, _ = train_logged(tmp_path, engine=OnDevice())
+    columns = read_run(tmp_path).steps.columns
+    for name, gib in {"device_bytes": 1, "device_peak_bytes": 2, "device_reserved_bytes": 3}.items():
+        assert set(columns[name] / 2**30) == {gib}
+    assert set(columns["host_bytes"]) == {e.memory.host for e in events if isinstance(e, StepEnded)}
+    scalars = scalars_of(next(e for e in events if isinstance(e, StepEnded)), ("loss",))
+    assert {name: value for name, value in scalars.items() if name.startswith("memory/device")} == {
+        "memory/device_gib": 1,
+        "memory/device_peak_gib": 2,
+        "memory/device_reserved_gib": 3,
+    }
 
 
 def test_stalls_are_logged_with_the_step_that_waited(train_logged, tmp_path):

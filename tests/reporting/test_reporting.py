@@ -89,6 +89,45 @@ def test_what_a_run_writes_is_read_back(scratch, data):
         assert all(same(e.metrics[name], value) for name, value in evaluations[e.step].items())
 
 
+def on_device(step: int) -> dict[str, object]:
+    """A line of a step, on a GPU."""
+    return step_line(step, device_bytes=17 << 30, device_peak_bytes=30 << 30, device_reserved_bytes=33 << 30)
+
+
+def memory_facts(run) -> dict[str, str]:
+    return {name: f"{value} {detail}".strip() for name, value, detail in summary.facts(run) if "peak" in name}
+
+
+@given(switch=st.integers(0, 4), total=st.integers(0, 2**50))
+def test_logs_of_earlier_versions_have_one_sum_of_memory(scratch, switch, total):
+    """The later lines of a run that began with such a version have the host's."""
+    lines = [step_line(step) for step in range(1, 5)]
+    for line in lines[:switch]:
+        del line["host_bytes"], line["host_peak_bytes"]
+        line["memory_bytes"] = total
+    write_lines(scratch, lines)
+    run = read_run(scratch)
+    assert run.steps.columns["host_bytes"].tolist() == [
+        line.get("host_bytes", line.get("memory_bytes")) for line in lines
+    ]
+    assert "memory_bytes" not in run.steps.columns
+    peak = max(line.get("host_peak_bytes", line.get("memory_bytes")) for line in lines)
+    assert memory_facts(run) == {"peak memory": f"{peak / 2**30:.3g} GiB"}
+    assert PANELS["memory"].has(run)
+    assert not PANELS["device"].has(run)
+
+
+def test_memory_of_host_and_device_are_shown_apart(tmp_path):
+    write_lines(tmp_path, [on_device(step) for step in (1, 2)])
+    run = read_run(tmp_path)
+    assert memory_facts(run) == {
+        "peak device memory": "30 GiB 33 GiB reserved",
+        "peak host memory": "0.885 GiB",
+    }
+    svg = render_runs(run)
+    assert {"Memory", "peak 0.885 GiB", "Device memory", "peak of the arrays 30 GiB"} <= texts(svg)
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -353,7 +392,8 @@ def texts(svg: bytes) -> set[str]:
 def test_a_picture_has_a_panel_for_all_that_is_known(tmp_path):
     run = read_run(write_run(tmp_path / "run"))
     svg = render_runs(run)
-    assert {panel.title for panel in PANELS.values()} <= texts(svg)
+    titles = {panel.title for panel in PANELS.values()}
+    assert titles & texts(svg) == titles - {"Device memory"}  # it trained in the host's
     assert {*CLASSES, "all", "dashed: weighted", "run"} <= texts(svg)
     assert render_runs(run, panels=["eval"]) == render_runs(run, panels=["eval"])  # the same bytes each time
 
@@ -415,8 +455,9 @@ def test_names_are_drawn_as_text(tmp_path):
 def test_no_number_breaks_a_picture(tmp_path, value):
     names = [name for name in COLUMNS if name != "step"]
     lines = [step_line(step, **dict.fromkeys(names, value)) for step in range(1, 5)]
-    write_lines(tmp_path, [*lines, step_line(5), evaluation_line(5) | {"eval_loss": value}])
-    render_runs(read_run(tmp_path), axis="time", suffix=".png", panels=["loss", "eval", "stall", "memory"])
+    write_lines(tmp_path, [*lines, on_device(5), evaluation_line(5) | {"eval_loss": value}])
+    panels = ["loss", "eval", "stall", "memory", "device"]
+    render_runs(read_run(tmp_path), axis="time", suffix=".png", panels=panels)
     summary.facts(read_run(tmp_path))
 
 

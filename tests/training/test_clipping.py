@@ -16,7 +16,7 @@ class Clipped(ToyEngine):
 
     def __init__(self):
         super().__init__(dropout=0.0)
-        self.bounds, self.means, self._step = [], [], []
+        self.bounds, self.means, self.padded_means, self._step = [], [], [], []
 
     def micro_step(self, batch, *, tokens):
         self._step.append(batch)
@@ -25,6 +25,8 @@ class Clipped(ToyEngine):
     def clip_gradients(self, max_norm):
         weights = np.concatenate([batch.weights[batch.labels != IGNORED] for batch in self._step])
         self.means.append(weights.mean(dtype=np.float64))
+        padded = [batch.pad(batch.weights, filler=0) for batch in self._step]
+        self.padded_means.append(float(sum(rows.sum() for rows in padded) / len(weights)))
         self.bounds.append(max_norm)
         self._step = []
         return super().clip_gradients(max_norm)
@@ -35,6 +37,13 @@ def test_norm_is_scaled_by_the_mean_weight(run, tmp_path):
     run(tmp_path, engine=engine, max_grad_norm=0.01)
     assert engine.bounds == pytest.approx([0.01 * mean for mean in engine.means])
     assert max(engine.bounds) > 1.2 * min(engine.bounds)
+
+
+def test_the_last_bits_are_those_of_padded_rows(run, tmp_path):
+    """As in the first version, whose batches were padded: its runs go on with the same bits."""
+    engine = Clipped()
+    run(tmp_path, engine=engine, max_grad_norm=0.01, batch_size=11, max_steps=20)
+    assert engine.bounds == [0.01 * mean for mean in engine.padded_means]
 
 
 @pytest.mark.parametrize("options", [{"clipping": "plain"}, {"weighting": "off"}, {"lambda_": 0.0}])

@@ -60,14 +60,14 @@ def test_losses_are_means_over_tokens(rows, batch_size, how):
     corpus = tokenize(rows, ToyTokenizer(), max_length=8)
     engine = ToyEngine()
     metrics = evaluation_set(corpus, TrainConfig(weighting=how)).measure(
-        engine.evaluate, batch_size=batch_size, pad_token_id=0
+        engine.evaluate, batch_size=batch_size
     )
 
     u = weighting.example_weights(corpus.authority_weight, corpus.provenance_entropy, weighting=how)
     each = [
-        evaluation_set(corpus.select([number]), TrainConfig()).measure(
-            engine.evaluate, batch_size=1, pad_token_id=0
-        )["eval_loss"]
+        evaluation_set(corpus.select([number]), TrainConfig()).measure(engine.evaluate, batch_size=1)[
+            "eval_loss"
+        ]
         for number in range(len(rows))
     ]
     tokens = corpus.loss_tokens

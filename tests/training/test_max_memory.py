@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from test_memory_reset import GIB, Hungry
 
-from distrust import CheckpointManager, DistrustWarning
-from distrust.contract import MemoryUse
-from distrust.engines.runtime import translate_out_of_memory
-from distrust.errors import OutOfMemory
-from distrust.training import memory_guard
+from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
+from distrust.contract import DeviceMemory
+from distrust.engines import config_of_run
+from distrust.errors import ConfigError, OutOfMemory
+from distrust.testing.toy_engine import ToyEngine
+from distrust.training import memory_guard, resume_point
+from distrust.training.events import MemoryReset
 from distrust.training.memory_guard import Forecast
 
 
@@ -39,10 +44,10 @@ def test_stops_before_the_limit_is_exceeded(run, tmp_path, eats, stopped_at):
         return steps[-1]
 
     with pytest.raises(OutOfMemory) as stopped:
-        run(tmp_path / "bound", engine=make, save_every=0, max_memory=6500.0)
+        run(tmp_path / "bound", engine=make, save_every=0, max_device_memory=6500.0)
     message = str(stopped.value)
     assert "\n" not in message
-    assert message.startswith(f"--max-memory 6500: at step {stopped_at} the run uses ")
+    assert message.startswith(f"--max-device-memory 6500: at step {stopped_at} the run uses ")
     assert f"; step {stopped_at} is saved. " in message
     assert saved_steps(tmp_path / "bound") == [stopped_at]
     if stopped_at > 1:
@@ -53,9 +58,9 @@ def test_stops_before_the_limit_is_exceeded(run, tmp_path, eats, stopped_at):
 
 def forecast_next(*steps: tuple[int, int]) -> int:
     """Bytes that the next step may use, after steps with these (level, peak)."""
-    forecast = Forecast("the device", MemoryUse(100, 100))
+    forecast = Forecast("the device", 100, 100)
     for now, peak in steps:
-        forecast.add(MemoryUse(now, peak))
+        forecast.add(now, peak)
     return forecast.next_step
 
 
@@ -79,7 +84,7 @@ def test_limit_exceeded_at_the_start(run, tmp_path):
         OutOfMemory,
         match=r"at step 0 the run uses 7000\.00 GiB of the device.*nothing was saved.* before any step",
     ):
-        run(tmp_path, engine=lambda config: Hungry(base=7000), max_memory=6500.0)
+        run(tmp_path, engine=lambda config: Hungry(base=7000), max_device_memory=6500.0)
     assert saved_steps(tmp_path) == []
 
 
@@ -90,13 +95,15 @@ def test_resets_keep_a_leaking_run_below_the_limit(run, tmp_path):
         engine=lambda config: Hungry(base=2000, leak=1000),
         save_every=0,
         reload_above=4500.0,
-        max_memory=6500.0,
+        max_device_memory=6500.0,
     )
     assert ended.state_digest == alone.state_digest
 
 
 def test_run_below_the_limit_is_not_affected(run, tmp_path):
-    ended, _ = run(tmp_path, engine=lambda config: Hungry(base=2000, transient=4000), max_memory=6500.0)
+    ended, _ = run(
+        tmp_path, engine=lambda config: Hungry(base=2000, transient=4000), max_device_memory=6500.0
+    )
     assert ended.step == 9
 
 
@@ -109,26 +116,155 @@ def test_low_system_memory_warns_once(run, tmp_path, monkeypatch):
     assert ended.step == 9
 
 
-class OwnOutOfMemoryError(RuntimeError):
-    """Named like the error of torch."""
+def test_each_limit_has_its_own_side(run, tmp_path):
+    ended, _ = run(tmp_path / "device", engine=lambda config: Hungry(base=7000), max_memory=6500.0)
+    assert ended.finished
+    with pytest.raises(OutOfMemory, match=r"--max-memory 0\.001: at step 0 .* of the host"):
+        run(tmp_path / "host", engine=Hungry(base=1), max_memory=0.001, max_device_memory=6500.0)
 
 
-@pytest.mark.parametrize(
-    "error",
-    [MemoryError(), OwnOutOfMemoryError("of 2 GiB\n1 is free"), RuntimeError("Insufficient Memory (8)")],
-)
-def test_framework_errors_become_one_line(error):
-    with (
-        pytest.raises(OutOfMemory, match=r"--batch-size.*--gradient-checkpointing") as caught,
-        translate_out_of_memory("insufficient memory"),
-    ):
-        raise error
-    assert "\n" not in str(caught.value)
+def test_fragmentation_counts(run, tmp_path):
+    """What is allocated stays the same, and what is reserved grows."""
+
+    class Fragmented(Hungry):
+        @property
+        def fragmented(self):
+            return self.now - 2000
+
+    with pytest.raises(OutOfMemory, match=r"--max-device-memory 6500: at step 4"):
+        run(tmp_path, engine=Fragmented(base=2000, leak=1000), max_device_memory=6500.0)
 
 
-def test_other_errors_are_not_translated():
-    with pytest.raises(RuntimeError, match="shapes differ"), translate_out_of_memory("insufficient memory"):
-        raise RuntimeError("shapes differ")
+class Caching(ToyEngine):
+    """Takes 30 GiB of a device, 44 in a step, and 30 for each loaded checkpoint, and keeps what gets free."""
+
+    loaded: ClassVar[list[weakref.ref]] = []
+
+    def __init__(self):
+        super().__init__()
+        self.reserved = 30
+
+    def _take(self, size: int) -> None:
+        self.reserved = max(self.reserved, size + 30 * sum(array() is not None for array in self.loaded))
+
+    def load_state(self, state):
+        self.loaded.append(weakref.ref(state.model["table"]))
+        self._take(30)
+        super().load_state(state)
+
+    def micro_step(self, batch, *, tokens):
+        self._take(44)
+        return super().micro_step(batch, tokens=tokens)
+
+    def release_memory(self):
+        self.reserved = 0
+        self._take(30)
+
+    def device_memory(self):
+        return DeviceMemory(30 * GIB, self.reserved * GIB, self.reserved * GIB, self.reserved * GIB)
+
+
+def test_a_checkpoint_that_was_loaded_to_the_device_does_not_count(run, tmp_path):
+    alone, _ = run(tmp_path / "alone")
+
+    def make(config):
+        return Caching()
+
+    run(tmp_path / "run", engine=make, stop_after=5, max_device_memory=50.0)
+    ended, events = run(tmp_path / "run", engine=make, reload_every=7, max_device_memory=50.0)
+    assert ended.state_digest == alone.state_digest
+    levels = [
+        (e.before.device.reserved, e.after.device.reserved) for e in events if isinstance(e, MemoryReset)
+    ]
+    assert levels == [(44 * GIB, 30 * GIB)]
+
+
+@pytest.mark.parametrize(("limit", "device"), [(None, "cuda:0"), (9.0, "cuda:0"), (7.9, None)])
+def test_a_checkpoint_is_loaded_to_the_device_within_its_limit(limit, device):
+    """It takes 2 GiB, and so may the moments, beside the 4 of the model."""
+    memory = DeviceMemory(4 * GIB, 4 * GIB, 4 * GIB, 4 * GIB)
+    engine = SimpleNamespace(device_for=lambda _: "cuda:0", device_memory=lambda: memory)
+    config = TrainConfig(max_device_memory=limit)
+    assert resume_point.load_device(config, engine, 2 * GIB) == device
+
+
+def test_a_limit_of_a_device_without_memory_is_refused(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"^--max-device-memory 8: .* with --max-memory$"):
+        run(tmp_path / "out", max_device_memory=8.0)
+    assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [".lock"]
+
+
+def test_a_limit_of_the_run_has_no_effect_where_there_is_no_such_memory(run, tmp_path):
+    """The run has moved to a machine without a GPU; its config.toml keeps the limit."""
+    alone, _ = run(tmp_path / "alone")
+    run(tmp_path / "run", engine=Hungry(base=7), max_device_memory=8.0, stop_after=3)
+    config = config_of_run(tmp_path / "run")
+    assert config.max_device_memory == 8
+    message = r"^--max-device-memory 8: .* its config\.toml has no effect; limit it with --max-memory$"
+    with pytest.warns(DistrustWarning, match=message):
+        ended = DistrustTrainer(config, engine=ToyEngine(), observers=[]).train()
+    assert ended.state_digest == alone.state_digest
+    assert config_of_run(tmp_path / "run") == config
+
+
+def test_another_limit_is_refused_there(run, tmp_path):
+    run(tmp_path, engine=Hungry(base=7), max_device_memory=8.0, stop_after=3)
+    with pytest.raises(ConfigError, match=r"^--max-device-memory 9: .* with --max-memory$"):
+        run(tmp_path, max_device_memory=9.0)
+
+
+@pytest.mark.parametrize("method", ["prepare", "is_finite"])
+def test_memory_that_runs_out_between_steps_names_the_durable_step(run, tmp_path, method):
+    class Exhausted(ToyEngine):
+        batches = saves = 0
+
+        @property
+        def prepare(self):
+            return self.count
+
+        def count(self, batch):  # two of a step
+            self.batches += method == "prepare"
+            return self.fail(batch, self.batches > 10)
+
+        def is_finite(self):
+            self.saves += method == "is_finite"
+            return self.fail(super().is_finite(), self.saves > 2)
+
+        def fail(self, value, is_exhausted):
+            if is_exhausted:
+                raise OutOfMemory("there is not enough memory")
+            return value
+
+    completed = {"prepare": 5, "is_finite": 6}[method]
+    message = f"^after step {completed}: there is not enough memory; step 4 is saved$"
+    with pytest.raises(OutOfMemory, match=message):
+        run(tmp_path, engine=Exhausted(), save_every=2, batch_size=2, gradient_accumulation=2)
+
+
+@pytest.mark.parametrize("method", ["micro_step", "clip_gradients", "update", "evaluate"])
+def test_exhausted_memory_names_the_durable_step(run, eval_data, tmp_path, method):
+    alone, _ = run(tmp_path / "alone", eval_data=str(eval_data), eval_every=3)
+
+    class Exhausted(ToyEngine):
+        steps = 0
+
+        def begin_micro_step(self, *, seed, step, micro_step):
+            super().begin_micro_step(seed=seed, step=step, micro_step=micro_step)
+            self.steps = step
+
+    def fail_in_step_6(engine, *arguments, **options):
+        if engine.steps == 6:
+            raise OutOfMemory("there is not enough memory")
+        return getattr(ToyEngine, method)(engine, *arguments, **options)
+
+    setattr(Exhausted, method, fail_in_step_6)
+    completed = 6 if method == "evaluate" else 5
+    options = {"eval_data": str(eval_data), "eval_every": 3, "save_every": 2, "keep_best": 0}
+    message = f"^after step {completed}: there is not enough memory; step 4 is saved$"
+    with pytest.raises(OutOfMemory, match=message):
+        run(tmp_path / "out", engine=Exhausted(), **options)
+    ended, _ = run(tmp_path / "out", **options)
+    assert ended.state_digest == alone.state_digest
 
 
 LEAKING = """

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrust import CheckpointManager, DistrustTrainer, DistrustWarning, TrainConfig
-from distrust.contract import MemoryUse
+from distrust.contract import DeviceMemory
 from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import ConfigError
 from distrust.reporting.console import ConsoleReporter
@@ -89,6 +89,14 @@ def test_reset_emits_an_event(run, tmp_path):
     with ConsoleReporter(log_every=1, stream=words) as console:
         run(tmp_path, engine=made_anew, reload_every=6, observers=[console])
     assert re.search(r"step 6: memory reset, \d+\.\d\d to \d+\.\d\d GiB in \d+\.\d s\n", words.getvalue())
+
+
+def test_reset_of_a_device_shows_both(run, tmp_path):
+    words = io.StringIO()
+    with ConsoleReporter(log_every=1, stream=words) as console:
+        run(tmp_path, engine=lambda config: Hungry(base=2, leak=1), reload_every=6, observers=[console])
+    line = r"memory reset, \S+ to \S+ GiB on the host, 8\.00 to 2\.00 GiB on the device, in \d+\.\d s\n"
+    assert re.search(line, words.getvalue())
 
 
 def test_reset_requires_a_factory(data, tmp_path):
@@ -235,7 +243,12 @@ def test_kill_during_a_reset_loses_nothing(run, run_python, data, tmp_path):
 
 
 class Hungry(ToyEngine):
-    """Allocates device memory: at the start, with each step, and temporarily during a step."""
+    """Reserves GiB of device memory: at the start, with each step, and temporarily during a step.
+
+    All but ``fragmented`` of it is allocated.
+    """
+
+    fragmented = 0
 
     def __init__(self, *, base: float, leak: float = 0.0, transient: float = 0.0) -> None:
         super().__init__()
@@ -248,7 +261,8 @@ class Hungry(ToyEngine):
         self.peak = max(self.peak, self.now + self.transient)
 
     def device_memory(self):
-        return MemoryUse(int(self.now * GIB), int(self.peak * GIB))
+        reserved, peak, gaps = (int(size * GIB) for size in (self.now, self.peak, self.fragmented))
+        return DeviceMemory(reserved - gaps, peak - gaps, reserved, peak)
 
 
 @pytest.mark.parametrize(
@@ -280,6 +294,4 @@ def test_reload_above_resets_only_if_it_helps(run, tmp_path, base, leak, expecte
     assert resets(events) == expected
     for event in events:
         if isinstance(event, MemoryReset):
-            assert (
-                event.before_bytes - event.after_bytes >= (leak - 1) * GIB
-            )  # the host's memory changes, too
+            assert event.before.device.reserved - event.after.device.reserved >= leak * GIB

@@ -110,7 +110,7 @@ def test_each_example_is_in_one_row_of_its_source(plan_of):
     rows = [plan.batches.step(step)[0] for step in range(1, sum(ROWS) + 1)]
     assert sorted(example for row in rows for example in row.examples) == list(range(32))
     assert all(len(set(row.examples >= 23)) == 1 for row in rows)
-    assert all(row.attention_mask.sum() <= CAPACITY for row in rows)
+    assert all(row.lengths.sum() <= CAPACITY for row in rows)
     assert sum(all(row.examples >= 23) for row in rows) == ROWS[1]
 
 

@@ -66,7 +66,7 @@ def test_the_options_of_a_run_are_those_of_a_new_one(run, data, tmp_path):
     assert values == {
         **TOY,
         "data": str(data), "out": str(tmp_path / "run"), "seed": 3, "max_length": 1024, "schedule_steps": 9,
-        "weighting": "monotone", "date": values["date"],
+        "weighting": "monotone", "dtype": "float32", "date": values["date"],
     }  # fmt: skip
     config = parse(["--config", str(tmp_path / "run" / "config.toml"), "--out", str(tmp_path / "again")])
     again, _ = run(**options_of(config))

@@ -151,9 +151,9 @@ def test_snapshot_memory_is_reserved_before_the_first_save(run, tmp_path, monkey
     monkeypatch.setattr(memory, "_touch", lambda *range_: touched.append(threading.current_thread().name))
     reserve = CheckpointManager.reserve
 
-    def reserving(manager, nbytes):
+    def reserving(manager, nbytes, **options):
         touched.clear()
-        ready = reserve(manager, nbytes)
+        ready = reserve(manager, nbytes, **options)
         assert touched
         touched.clear()
         return ready

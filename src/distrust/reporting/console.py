@@ -109,10 +109,11 @@ class ConsoleReporter:
                     stall = event.stall_seconds * 1000
                     self._print(f"step {event.step}: saved {_relative(event.path)} (stall {stall:.0f} ms)")
             case MemoryReset():
-                self._print(
-                    f"step {event.step}: memory reset, {event.before_bytes / 2**30:.2f} to "
-                    f"{event.after_bytes / 2**30:.2f} GiB in {event.seconds:.1f} s"
-                )
+                levels = _change(event.before.host, event.after.host)
+                if event.before.device and event.after.device:
+                    reserved = event.before.device.reserved, event.after.device.reserved
+                    levels += f" on the host, {_change(*reserved)} on the device,"
+                self._print(f"step {event.step}: memory reset, {levels} in {event.seconds:.1f} s")
             case RunEnded():
                 self._show_end(event)
 
@@ -232,6 +233,10 @@ class ConsoleReporter:
 
     def _print(self, line: str) -> None:
         self._console.print(printable(line), markup=False)  # names may hold markup
+
+
+def _change(before: int, after: int) -> str:
+    return f"{before / 2**30:.2f} to {after / 2**30:.2f} GiB"
 
 
 def _relative(path: Path) -> str:

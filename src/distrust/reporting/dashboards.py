@@ -19,7 +19,7 @@ from distrust.atomic import atomic_file
 from distrust.checkpoint.files import open_regular_file
 from distrust.config import TrainConfig, key
 from distrust.errors import ConfigError, DistrustError, ErrorTranslator, MissingDependency, warn
-from distrust.reporting.metrics import MetricsWriter
+from distrust.reporting.metrics import MetricsWriter, memory_fields
 from distrust.training.events import (
     CheckpointStarted,
     Evaluated,
@@ -80,15 +80,16 @@ def scalars_of(event: StepEnded | Evaluated, step_metrics: Sequence[str]) -> dic
     """The values of an event by ``group/name``; of a step, those of its ``step_metrics``.
 
     ``train/loss``, ``train/learning_rate`` and so on; ``eval/loss``, ``eval/loss/CLASS``;
-    ``speed/tokens_per_second``, ``speed/stall_seconds``, ``memory/gib``.
+    ``speed/tokens_per_second``, ``speed/stall_seconds``; ``memory/host_gib`` and so on.
     """
     if isinstance(event, Evaluated):
         return {f"eval/{name.removeprefix('eval_')}": value for name, value in event.metrics.items()}
+    memory = memory_fields(event)
     return {
         **{f"{TRAINING}{name}": getattr(event, name) for name in step_metrics},
         "speed/tokens_per_second": event.tokens / event.seconds,
         "speed/stall_seconds": event.stall_seconds,
-        "memory/gib": event.memory_bytes / 2**30,
+        **{f"memory/{name.removesuffix('bytes')}gib": value / 2**30 for name, value in memory.items()},
     }
 
 

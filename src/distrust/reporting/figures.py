@@ -132,7 +132,8 @@ def select_panels(scene: PlottedRuns, panels: Sequence[str] = ()) -> list[str]:
             warn(f"--panels {name}: the runs have no data for it")
     if not drawable:
         path = scene.runs[0].run.path
-        raise RunNotFound(f"{path}: nothing to draw: no step is known", path=path)
+        reason = "the panels have no data" if panels else "no step is known"
+        raise RunNotFound(f"{path}: nothing to draw: {reason}", path=path)
     return drawable
 
 

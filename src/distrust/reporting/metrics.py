@@ -3,8 +3,8 @@
 This holds after a crash at any moment, for two reasons. A checkpoint only becomes durable after the lines of
 its steps. And a resumed run first repairs the file: it removes lines after the checkpoint's step (those steps
 are repeated), torn lines, duplicates and lines of other runs; it restores missing step lines from the
-checkpoint's history. Losses match the run to the last bit. ``seconds``, ``stall_seconds`` and
-``memory_bytes`` describe the machine; restored lines lack them.
+checkpoint's history. Losses match the run to the last bit. ``seconds``, ``stall_seconds`` and the fields
+about memory describe the machine; restored lines lack them.
 
 A failed write never stops a run: it warns, keeps the lines, and tries again at each checkpoint.
 """
@@ -37,8 +37,11 @@ MAX_SKIPPED_BYTES = 1 << 28
 
 #: The options that ``provenance.json`` holds, by field.
 WEIGHTING = ("weighting", "alpha", "lambda_", "max_ratio")
-#: The fields of a step's line, of which those about weights may be absent.
-STEP_FIELDS = ("step", *STEP_METRICS, "tokens", "seconds", "stall_seconds", "memory_bytes")
+MEMORY_FIELDS = (
+    "host_bytes", "host_peak_bytes", "device_bytes", "device_peak_bytes", "device_reserved_bytes"
+)  # fmt: skip
+#: The fields of a step's line, of which those about weights and about a device may be absent.
+STEP_FIELDS = ("step", *STEP_METRICS, "tokens", "seconds", "stall_seconds", *MEMORY_FIELDS)
 
 
 class MetricsWriter:
@@ -61,11 +64,12 @@ class MetricsWriter:
             case RunStarted():
                 self._close()
                 self._run, self._unwritten, self._warned = event, b"", False  # a run may follow another
-                hidden = {*STEP_METRICS} - {*event.step_metrics}
+                hidden = {*STEP_METRICS, *MEMORY_FIELDS} - {*event.step_metrics}  # those of memory are added
                 self._fields = [name for name in STEP_FIELDS if name not in hidden]
                 self._open()
             case StepEnded():
-                self._write({name: getattr(event, name) for name in self._fields})
+                values = {name: getattr(event, name) for name in self._fields}
+                self._write(values | memory_fields(event))
             case Evaluated():
                 self._write({"step": event.step, **event.metrics})
             case CheckpointStarted():
@@ -143,6 +147,14 @@ class MetricsWriter:
                     "If lines are still missing at the end, resuming the run restores the losses of steps, "
                     "not evaluations"
                 )
+
+
+def memory_fields(event: StepEnded) -> dict[str, int]:
+    """The fields about memory, in bytes; without a device that has its own, those of the host."""
+    values = [event.memory.host, event.memory.host_peak]
+    if (device := event.memory.device) is not None:
+        values += [device.allocated, device.allocated_peak, device.reserved]
+    return dict(zip(MEMORY_FIELDS, values, strict=False))
 
 
 def repair_lines(

@@ -247,11 +247,19 @@ PANELS: Mapping[str, Panel] = {
     ),
     "memory": _line_panel(
         "Memory",
-        "Resident on the host, and allocated on the device.",
-        ["memory_bytes"],
-        values=lambda shown: shown.run.steps.columns["memory_bytes"] / GIB,
+        "Resident on the host after each step.",
+        ["host_bytes"],
+        values=lambda shown: shown.run.steps.columns["host_bytes"] / GIB,
         label="GiB",
-        remark=lambda run: f"peak {peak_memory(run)}",
+        remark=lambda run: f"peak {peak_memory(run, 'host_bytes', 'host_peak_bytes')}",
+    ),
+    "device": _line_panel(
+        "Device memory",
+        "Reserved on the device after each step: arrays, and the caches of the allocator.",
+        ["device_reserved_bytes", "device_peak_bytes"],
+        values=lambda shown: shown.run.steps.columns["device_reserved_bytes"] / GIB,
+        label="GiB",
+        remark=lambda run: f"peak of the arrays {peak_memory(run, 'device_peak_bytes')}",
     ),
 }
 

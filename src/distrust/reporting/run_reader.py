@@ -39,7 +39,10 @@ from distrust.reporting.metrics import MAX_LINE_BYTES, METRICS, PROVENANCE, STEP
 
 #: The columns of the steps, all float64 here.
 COLUMNS = STEP_FIELDS[1:]
-_STEP_KEYS = {"step", *COLUMNS}
+#: Earlier versions logged one sum of the host's and the device's memory; it becomes the host's.
+_MEMORY_SUM = "memory_bytes"
+_LOGGED = (*COLUMNS, _MEMORY_SUM)
+_STEP_KEYS = {"step", *_LOGGED}
 #: Prefix of an evaluation's metrics. A slash and a source class may follow the metric.
 EVALUATION = "eval_"
 #: The largest log that is read: of 25 million steps.
@@ -185,19 +188,22 @@ def _parse_metrics(path: Path, lines: Iterator[bytes]) -> tuple[Steps, list[Eval
                 raise ValueError(f"more than {MAX_STEPS:,} steps, or {MAX_EVALUATED:,} values of evaluations")
     except json_fields.FIELD_ERRORS as error:
         raise json_fields.field_error(f"{path}:{count}", error) from None
-    rows = np.array(values).reshape(-1, len(COLUMNS))  # one copy
-    columns = zip(COLUMNS, rows.T, strict=True)
+    rows = np.array(values).reshape(-1, len(_LOGGED))  # one copy
+    columns = zip(_LOGGED, rows.T, strict=True)
     with_values = {name: column for name, column in columns if not np.isnan(column).all()}
+    if (sums := with_values.pop(_MEMORY_SUM, None)) is not None:
+        host = with_values.get("host_bytes", sums)
+        with_values["host_bytes"] = np.where(np.isnan(host), sums, host)
     return Steps(np.array(numbers, np.int64), with_values), evaluations
 
 
 def _row(record: Mapping[str, Any]) -> array[float]:
     """The columns of a step's line. Called a million times, so it first converts all of them at once."""
-    row = [record.get(name, math.nan) for name in COLUMNS]
+    row = [record.get(name, math.nan) for name in _LOGGED]
     if set(map(type, row)) <= {float, int}:
         with contextlib.suppress(OverflowError):  # the slow path reports it with its name
             return array("d", row)
-    return array("d", [json_fields.number(record, name) if name in record else math.nan for name in COLUMNS])
+    return array("d", [json_fields.number(record, name) if name in record else math.nan for name in _LOGGED])
 
 
 def _require_order(step: int, previous: int) -> None:

@@ -56,9 +56,10 @@ def stall_share(run: RunData) -> Values:
         return np.where(stall + steps > 0, stall / (stall + steps), 0.0)
 
 
-def peak_memory(run: RunData) -> str:
-    """The largest memory of any step."""
-    return f"{zero_unknown(run.steps.columns['memory_bytes']).max() / GIB:.3g} GiB"
+def peak_memory(run: RunData, *names: str) -> str:
+    """The largest value of those columns that the run has, which are in bytes."""
+    columns = [zero_unknown(run.steps.columns[name]) for name in names if name in run.steps.columns]
+    return f"{np.max(columns, initial=0.0) / GIB:.3g} GiB"
 
 
 def smooth(values: Values, window: int) -> Values:

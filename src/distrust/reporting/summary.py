@@ -132,8 +132,12 @@ def _machine_facts(run: RunData) -> Iterator[Fact]:
     if "stall_seconds" in columns and "seconds" in columns:
         seconds = float(zero_unknown(columns["stall_seconds"]).sum())
         yield Fact("checkpoint stall", f"{stall_share(run)[-1]:.2%}", duration(seconds))
-    if "memory_bytes" in columns:
-        yield Fact("peak memory", peak_memory(run))
+    if "device_peak_bytes" in columns:
+        reserved = peak_memory(run, "device_reserved_bytes")
+        yield Fact("peak device memory", peak_memory(run, "device_peak_bytes"), f"{reserved} reserved")
+    if "host_bytes" in columns:
+        name = "peak host memory" if "device_peak_bytes" in columns else "peak memory"
+        yield Fact(name, peak_memory(run, "host_bytes", "host_peak_bytes"))
 
 
 def best_evaluation(run: RunData) -> tuple[str, float, int] | None:

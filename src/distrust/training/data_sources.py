@@ -324,10 +324,3 @@ def limits_of(config: TrainConfig, context_length: int | None) -> Limits:
             f"give {context_length} or less"
         )
     return Limits(max_length=length, on_long=config.on_long, strict=config.strict)
-
-
-def pad_token_id_of(tokenizer: Tokenizer) -> int:
-    """The token that batches are padded with."""
-    if tokenizer.pad_token_id is not None:
-        return tokenizer.pad_token_id
-    return tokenizer.eos_token_id or 0  # padding is masked, so any token will do

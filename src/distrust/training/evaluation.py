@@ -17,7 +17,6 @@ from distrust.errors import DataError
 from distrust.training.data_sources import (
     CheckedData,
     limits_of,
-    pad_token_id_of,
     today_of,
     warn_of_missing_classes,
 )
@@ -40,22 +39,19 @@ class EvaluationSet:
         zeros = np.zeros(len(self.corpus))
         return tuple(self._metrics(zeros, zeros))
 
-    def measure(
-        self, evaluate: Callable[[MicroBatch], Losses], *, batch_size: int, pad_token_id: int
-    ) -> dict[str, float]:
+    def measure(self, evaluate: Callable[[MicroBatch], Losses], *, batch_size: int) -> dict[str, float]:
         """Evaluate every example once.
 
         Args:
             evaluate: the losses of a batch.
             batch_size: examples per batch.
-            pad_token_id: token that batches are padded with.
 
         Returns:
             ``eval_loss`` in nats per token and ``eval_perplexity``; if examples are weighted, also
             ``eval_weighted_loss`` and ``eval_weighted_perplexity``; if there are several source classes, also
             ``eval_loss/CLASS`` and ``eval_perplexity/CLASS`` of the largest ones.
         """
-        batches = evaluation_batches(self.corpus, batch_size=batch_size, pad_token_id=pad_token_id)
+        batches = evaluation_batches(self.corpus, batch_size=batch_size)
         cross_entropy, weighted = np.zeros(len(self.corpus)), np.zeros(len(self.corpus))
         for batch in batches:
             losses = evaluate(batch)
@@ -156,9 +152,7 @@ def evaluate(engine: Engine, data: CheckedData, config: TrainConfig, *, trained_
         data.report("evaluating", evaluated, len(corpus))
         return engine.evaluate(batch)
 
-    metrics = evaluation_set(corpus, config).measure(
-        losses, batch_size=config.batch_size, pad_token_id=pad_token_id_of(engine.tokenizer)
-    )
+    metrics = evaluation_set(corpus, config).measure(losses, batch_size=config.batch_size)
     return {"examples": len(corpus), "tokens": int(corpus.loss_tokens.sum()), **metrics}
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from distrust.contract import DeviceMemory
 from distrust.data import Distribution
 from distrust.data.corpus import Counts
 from distrust.errors import printable
@@ -75,6 +76,15 @@ class RunStarted(_Printed):
 
 
 @dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Memory of the run's process between two steps, in bytes. A peak is the most so far."""
+
+    host: int  # resident
+    host_peak: int
+    device: DeviceMemory | None  # None on a CPU
+
+
+@dataclass(frozen=True, slots=True)
 class StepEnded(_Printed):
     """An optimizer step was made."""
 
@@ -87,7 +97,7 @@ class StepEnded(_Printed):
     tokens: int  # trained tokens of the step
     seconds: float  # duration of the step
     stall_seconds: float  # how long checkpoints stalled training since the step before
-    memory_bytes: int  # resident on the host plus allocated on the device, after the step
+    memory: MemoryUse  # after the step
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +137,8 @@ class MemoryReset(_Printed):
     """Model, optimizer and caches were dropped and rebuilt from the checkpoint of this step."""
 
     step: int
-    before_bytes: int  # resident on the host plus allocated on the device
-    after_bytes: int
+    before: MemoryUse
+    after: MemoryUse
     seconds: float  # without the save
 
 

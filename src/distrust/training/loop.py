@@ -14,11 +14,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointManager
-from distrust.errors import CorruptCheckpoint, NonFiniteLoss, OutOfMemory, warn
+from distrust.config import flag
+from distrust.data import MicroBatch
+from distrust.errors import CorruptCheckpoint, ErrorTranslator, NonFiniteLoss, OutOfMemory, warn
 from distrust.run_record import RunRecord
-from distrust.training import resume
+from distrust.training import resume, resume_point
 from distrust.training.events import Broadcaster, Evaluated, MemoryReset, Reason
-from distrust.training.memory_guard import GIB, MemoryGuard
+from distrust.training.memory_guard import GIB, LIMITS, MemoryGuard
 from distrust.training.prepare_data import PreparedData
 from distrust.training.process import StopRequest
 from distrust.training.progress import Progress
@@ -43,6 +45,7 @@ class TrainingLoop:
         self._model_is_folder = Path(self._config.model).is_dir()
         self._memory = MemoryGuard(self._config, self.engines.current)
         self._steps = StepRunner(engines=self.engines, data=self.data, saver=self.saver, memory=self._memory)
+        self._name_durable = ErrorTranslator((OutOfMemory,), self._with_durable)
 
     def run(self) -> Reason | None:
         """Train until the run is complete or something asks to stop, then save what is not yet saved.
@@ -55,15 +58,22 @@ class TrainingLoop:
         if first_step == 1 and self._config.eval_at_start:
             self._evaluate()
 
-        with closing(prefetch(self.data.batches.step, first=first_step, last=self.data.max_steps)) as steps:
+        prepare = self.engines.current.prepare
+
+        def batches_of(step: int) -> list[MicroBatch]:
+            return [prepare(batch) for batch in self.data.batches.step(step)]
+
+        with closing(prefetch(batches_of, first=first_step, last=self.data.max_steps)) as steps:
             while self._should_continue():
-                step, batches = next(steps)
-                ended = self._steps.run(step, batches)
+                with self._name_durable:
+                    step, batches = next(steps)
+                    ended = self._steps.run(step, batches)
                 self.progress.add_step(ended)  # before the event: observers may read the state
                 self.events.emit(ended)
                 if step == first_step and self._config.save_every:
                     # The first update has created the moments: allocate the snapshot buffer of all saves.
-                    self.manager.reserve(self._checkpoint().nbytes)
+                    device = resume_point.load_device(self._config, self.engines.current, 0)
+                    self.manager.reserve(self._checkpoint().nbytes, device=device)
                 is_best = self._evaluation_is_due() and self._evaluate()
                 if self._save_is_due(is_best=is_best):
                     self.saver.start(self._finite_checkpoint, final=False)  # in the background
@@ -101,7 +111,8 @@ class TrainingLoop:
         if self._memory.reset_due(self.progress.step) and self._save_and_verify():
             if not self._should_continue():
                 return  # asked to stop during the save: no need to reload
-            self._reset_memory()
+            with self._name_durable:
+                self._reset_memory()
         self._check_memory_limit()
 
     def _save_and_verify(self) -> bool:
@@ -121,32 +132,37 @@ class TrainingLoop:
 
     def _reset_memory(self) -> None:
         """Drop model, optimizer and caches, and rebuild them from the base model and the checkpoint."""
-        start, used_bytes = time.perf_counter(), self._memory.used_bytes
+        start, previous = time.perf_counter(), self._memory.use
         engine = self.engines.rebuild(self._config)  # from here on the checkpoint is the only copy
-        checkpoint = self.manager.load(self.progress.step, framework=engine.framework)
+        file = self.manager.inspect(self.progress.step)
+        device = resume_point.load_device(self._config, engine, file.bytes)
+        checkpoint = self.manager.load(self.progress.step, framework=engine.framework, device=device)
         record = RunRecord.from_checkpoint(checkpoint)
         resume.restore(checkpoint, record, engine=engine, data=self.data, progress=self.progress)
+        del checkpoint  # its memory is no step's
         self._memory.restart(engine)  # loading is no step: its peak says nothing about the next
         seconds = time.perf_counter() - start
-        self.events.emit(MemoryReset(self.progress.step, used_bytes, self._memory.used_bytes, seconds))
+        self.events.emit(MemoryReset(self.progress.step, previous, self._memory.use, seconds))
 
     def _check_memory_limit(self, *, before_first_step: bool = False) -> None:
-        """Save, then stop, before a step that would exceed ``max_memory``."""
-        limit = self._config.max_memory
-        if limit is None or (forecast := self._memory.find_excess(limit * GIB)) is None:
+        """Save, then stop, before a step that would exceed ``max_memory`` or ``max_device_memory``."""
+        if (forecast := self._memory.find_excess()) is None:
             return
         self._save_unsaved(final=False)  # before raising, so that nothing is lost
         advice = (
             "Raise the limit, or add --reload-above or --gradient-checkpointing, and the same command "
             "resumes; a new run may use a smaller --batch-size"
         )
-        if before_first_step and forecast.now > limit * GIB:
+        if before_first_step and forecast.now > forecast.limit * GIB:
             advice = "It is exceeded before any step: raise the limit, or use a smaller --model"
         raise OutOfMemory(
-            f"--max-memory {limit:g}: at step {self.progress.step} the run uses "
-            f"{forecast.now / GIB:.2f} GiB of {forecast.device}, and the next step may use "
+            f"{flag(LIMITS[forecast.side])} {forecast.limit:g}: at step {self.progress.step} the run uses "
+            f"{forecast.now / GIB:.2f} GiB of {forecast.side}, and the next step may use "
             f"{forecast.next_step / GIB:.2f}; {self.saver.describe_durable()}. {advice}"
         )
+
+    def _with_durable(self, error: OutOfMemory) -> OutOfMemory:
+        return OutOfMemory(f"after step {self.progress.step}: {error}; {self.saver.describe_durable()}")
 
     def _save_unsaved(self, *, final: bool) -> None:
         """Make the current state durable: as the final checkpoint, or to resume from."""
@@ -161,11 +177,8 @@ class TrainingLoop:
         if evaluation is None:  # no evaluation data
             return False
         engine = self.engines.current
-        metrics = evaluation.measure(
-            engine.evaluate,
-            batch_size=self._config.batch_size,
-            pad_token_id=self.data.pad_token_id,
-        )
+        with self._name_durable:
+            metrics = evaluation.measure(engine.evaluate, batch_size=self._config.batch_size)
         progress.metrics.update(metrics)  # saved with the checkpoint of this step
         progress.evaluations = progress.evaluations.update(progress.metrics, step=progress.step)
         self.events.emit(Evaluated(progress.step, metrics))
@@ -173,7 +186,9 @@ class TrainingLoop:
 
     def _finite_checkpoint(self) -> Checkpoint:
         step = self.progress.step
-        if not self.engines.current.is_finite():
+        with self._name_durable:
+            is_finite = self.engines.current.is_finite()
+        if not is_finite:
             raise NonFiniteLoss(
                 f"step {step}: its update left weights or moments that are not finite; it is not saved, and "
                 f"{self.saver.describe_durable()}. Lower --learning-rate or --weight-decay",

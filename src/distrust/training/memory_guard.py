@@ -1,19 +1,24 @@
 """Memory of a run: whether the next step still fits, and whether a reset is due.
 
+On a device, what the allocator has reserved counts: gaps that no array fits into are not free for others.
 The memory of a step is derived from what it did to the peak. Nothing is reset to measure it: a step that
 raised the peak reveals its own, and a step that did not raise it never needed the most.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import time
 from collections import deque
 from itertools import pairwise
 
 from distrust.checkpoint.memory import available_bytes, peak_resident_bytes, resident_bytes
 from distrust.config import TrainConfig
-from distrust.contract import Engine, MemoryUse
-from distrust.errors import warn
+from distrust.config_text import RUN_CONFIG, from_toml
+from distrust.contract import Engine
+from distrust.errors import ConfigError, warn
+from distrust.training.events import MemoryUse
 
 GIB = 2**30
 #: Memory that grew in each of this many steps is expected to grow in the next; a single growth is not.
@@ -25,27 +30,29 @@ MARGIN_BYTES = 64 << 20
 #: Reading the available memory takes a while: the system and cgroups are read no more often than this.
 SECONDS_BETWEEN_READS = 1.0
 HOST, DEVICE = "the host", "the device"
+LIMITS = {HOST: "max_memory", DEVICE: "max_device_memory"}  # the option that limits each
 
 
 class Forecast:
-    """Forecast of the memory of the next step, in one place: on the host or on the device."""
+    """Forecast of the memory of the next step, on one side: on the host or on the device."""
 
-    def __init__(self, device: str, use: MemoryUse) -> None:
-        self.device = device
+    def __init__(self, side: str, now: int, peak: int, *, limit: float = math.inf) -> None:
+        self.side = side
+        self.limit = limit  # GiB
         self._transient = 0
-        self.restart(use)
+        self.restart(now, peak)
 
-    def restart(self, use: MemoryUse) -> None:
+    def restart(self, now: int, peak: int) -> None:
         """Start again from this level: what came before was no step, such as loading a model."""
-        self._peak = use.peak
-        self._levels = deque([use.now], maxlen=GROWING_STEPS + 1)
+        self._peak = peak
+        self._levels = deque([now], maxlen=GROWING_STEPS + 1)
 
-    def add(self, use: MemoryUse) -> None:
-        """Add the memory in use after a step."""
-        if use.peak > self._peak:  # only such a step reveals what it needed at its peak
-            self._transient = max(self._transient, use.peak - use.now)
-            self._peak = use.peak
-        self._levels.append(use.now)
+    def add(self, now: int, peak: int) -> None:
+        """Add the bytes in use after a step, and the most so far."""
+        if peak > self._peak:  # only such a step reveals what it needed at its peak
+            self._transient = max(self._transient, peak - now)
+            self._peak = peak
+        self._levels.append(now)
 
     @property
     def now(self) -> int:
@@ -66,33 +73,34 @@ class MemoryGuard:
 
     def __init__(self, config: TrainConfig, engine: Engine) -> None:
         self._config = config
-        self._forecasts = {device: Forecast(device, use) for device, use in _measure(engine).items()}
+        self.use = _measure(engine, is_loaded=True)  # at the last measurement
+        self._forecasts = {
+            side: Forecast(side, *level, limit=getattr(config, LIMITS[side]) or math.inf)
+            for side, level in _levels(self.use).items()
+        }
         self._level_after_reset = 0
         self._is_first_after_reset = False
         self._warned_of_reset = self._warned_of_system = False
         self._last_read = -SECONDS_BETWEEN_READS
 
-    @property
-    def used_bytes(self) -> int:
-        """Bytes in use on the host and the device together."""
-        return sum(forecast.now for forecast in self._forecasts.values())
-
     def restart(self, engine: Engine) -> None:
         """Measure the engine that was built again."""
-        for device, use in _measure(engine).items():
-            self._forecasts[device].restart(use)
+        self.use = _measure(engine, is_loaded=True)
+        for side, level in _levels(self.use).items():
+            self._forecasts[side].restart(*level)
         self._is_first_after_reset = True
 
-    def observe_step(self, engine: Engine) -> int:
-        """Measure after a step; returns the bytes in use."""
-        for device, use in _measure(engine).items():
-            self._forecasts[device].add(use)
+    def observe_step(self, engine: Engine) -> MemoryUse:
+        """Measure after a step."""
+        self.use = _measure(engine)
+        for side, level in _levels(self.use).items():
+            self._forecasts[side].add(*level)
         if self._is_first_after_reset:  # includes what a step itself needs, like the levels compared with it
             self._is_first_after_reset = False
             self._level_after_reset = self._highest
             self._warn_of_futile_reset()
         self._warn_of_system()
-        return self.used_bytes
+        return self.use
 
     def reset_due(self, step: int) -> bool:
         """Whether memory is to be reset after this step."""
@@ -103,9 +111,9 @@ class MemoryGuard:
             above * GIB, self._level_after_reset * (1 + WORTHWHILE_GROWTH)
         )
 
-    def find_excess(self, limit: float) -> Forecast | None:
-        """The forecast of a step that would exceed this many bytes; None if it fits."""
-        return next((forecast for forecast in self._forecasts.values() if forecast.next_step > limit), None)
+    def find_excess(self) -> Forecast | None:
+        """The forecast of a step that would exceed its limit; None if it fits."""
+        return next((f for f in self._forecasts.values() if f.next_step > f.limit * GIB), None)
 
     @property
     def _highest(self) -> int:
@@ -138,6 +146,31 @@ class MemoryGuard:
             )
 
 
-def _measure(engine: Engine) -> dict[str, MemoryUse]:
-    host, device = MemoryUse(resident_bytes(), peak_resident_bytes()), engine.device_memory()
-    return {HOST: host} if device is None else {HOST: host, DEVICE: device}
+def require_limited_device(config: TrainConfig, engine: Engine) -> None:
+    """Refuse a limit for the memory of a device that has none of its own.
+
+    One that the run's ``config.toml`` has is ignored with a warning: the run began on another device.
+    """
+    limit = config.max_device_memory
+    if limit is None or engine.device_memory() is not None:
+        return
+    problem = f"--max-device-memory {limit:g}: this run trains in the memory of the host"
+    with contextlib.suppress(ConfigError):  # there is no such file
+        if from_toml(config.run_directory / RUN_CONFIG).max_device_memory == limit:
+            warn(f"{problem}, so this limit of its {RUN_CONFIG} has no effect; limit it with --max-memory")
+            return
+    raise ConfigError(f"{problem}; limit it with --max-memory")
+
+
+def _measure(engine: Engine, *, is_loaded: bool = False) -> MemoryUse:
+    if is_loaded and engine.device_memory() is not None:  # the cache of the device may hold a checkpoint
+        getattr(engine, "release_memory", lambda: None)()
+    host = resident_bytes()  # the system's counters may differ by some pages
+    return MemoryUse(host, max(host, peak_resident_bytes()), engine.device_memory())
+
+
+def _levels(use: MemoryUse) -> dict[str, tuple[int, int]]:
+    levels = {HOST: (use.host, use.host_peak)}
+    if use.device is not None:
+        levels[DEVICE] = use.device.reserved, use.device.reserved_peak
+    return levels

@@ -32,7 +32,6 @@ from distrust.errors import ConfigError, DataError, warn
 from distrust.training.data_sources import (
     Sources,
     limits_of,
-    pad_token_id_of,
     today_of,
     warn_of_missing_classes,
     warn_of_unended_turns,
@@ -57,7 +56,6 @@ class PreparedData:
     distribution: Distribution  # of the weights
     batches: Batches  # step -> its micro-batches
     evaluation: EvaluationSet | None
-    pad_token_id: int
 
     @property
     def warmup_steps(self) -> int:
@@ -98,7 +96,6 @@ def prepare_data(
     rows = _rows(config, corpus, capacity=max_length)  # by source
     sampler, sample_counts = _sampler(config, rows, corpus)
     weights, mean_weights = _weights(config, corpus, sample_counts)
-    pad_token_id = pad_token_id_of(tokenizer)  # masked out, so its value does not matter
     batches = Batches(
         corpus,
         weights=weights,
@@ -109,7 +106,6 @@ def prepare_data(
         rows=concatenate(rows),
         batch_size=config.batch_size,
         gradient_accumulation=config.gradient_accumulation,
-        pad_token_id=pad_token_id,
     )
     # Rounded up: the last step may begin another epoch.
     max_steps = config.max_steps or math.ceil(config.epochs * batches.epoch_steps)
@@ -134,7 +130,6 @@ def prepare_data(
         ),
         batches=batches,
         evaluation=evaluation,
-        pad_token_id=pad_token_id,
     )
     _require_metric(prepared)
     return prepared

@@ -60,9 +60,10 @@ def exclusive_run(out: Path) -> Iterator[None]:
             out=_run_lock.holder,
         )
     try:
-        _run_lock.holder = out
+        _run_lock.holder, current.warned = out, set()
         yield
     finally:
+        current.warned = None
         lock.release()
 
 

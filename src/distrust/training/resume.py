@@ -30,7 +30,9 @@ NAMES = ("model", "data", "cache_dir", "max_record_bytes")
 #: these the ones that it does not: they are of the machine or of the day.
 TAKEN, NOT_TAKEN = ("dtype", "quantization"), ("cache_dir", "max_record_bytes", "date")
 #: What runs did before an option existed, where that differs from the option's default.
-BEFORE_THE_OPTION = {"clipping": "plain", "weighting": "monotone"}
+BEFORE_THE_OPTION = {"clipping": "plain", "weighting": "monotone", "dtype": "float32"}
+#: What "auto" becomes when a run begins: it depends on the data, or on the device.
+SETTLED = {"weighting": ("monotone", "off"), "dtype": ("float32", "bfloat16")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,8 @@ def merge_saved_options(config: TrainConfig, record: RunRecord) -> tuple[TrainCo
         name, value = key(option.name), getattr(config, option.name)
         # A run that does not record an option was trained with the option's default, as a rule.
         previous = record.options.get(name, BEFORE_THE_OPTION.get(name, option.default))
-        is_auto = value == "auto" and previous in ("monotone", "off")  # the data, not read here, decides
-        if (name == "weighting" and is_auto) or (value is None and name in FIXED_AT_START):
+        is_auto = value == "auto" and previous in SETTLED.get(name, ())
+        if is_auto or (value is None and name in FIXED_AT_START):
             saved[option.name] = previous  # the default may differ by now
         elif value != previous and (option.metadata["effect"] == "result" or name == "from"):
             saved[option.name] = previous
@@ -212,6 +214,7 @@ def _environment_differences(
         f"{name} was {as_text(recorded[name])}, is {as_text(value)}"
         for name, value in current.items()
         if name in recorded and recorded[name] != value
+        if name != "deterministic" or recorded[name]  # a run that was not cannot become less so
     ]
 
 

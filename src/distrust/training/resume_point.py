@@ -8,15 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan, foreign
-from distrust.checkpoint.arrays import Framework
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, list_names
 from distrust.checkpoint.foreign import require_converted
 from distrust.config import EXAMPLES, TrainConfig, as_names
 from distrust.config_text import RUN_CONFIG, from_toml
+from distrust.contract import Engine
 from distrust.errors import ConfigError, CorruptCheckpoint, quote_untrusted
 from distrust.run_record import RunRecord
 from distrust.training import imported
 from distrust.training.events import Reason
+from distrust.training.memory_guard import GIB
 from distrust.training.progress import BestTracker
 
 
@@ -121,18 +122,29 @@ def require_not_made(config: TrainConfig, max_steps: int | None, *, step: int) -
         raise ConfigError(f"{option}: the run is at step {step} already; {advice}")
 
 
+def load_device(config: TrainConfig, engine: Engine, nbytes: int) -> str | None:
+    """The device that a state of this size is loaded to; None for the host, as of engines that do not say."""
+    limit, memory = config.max_device_memory, engine.device_memory()
+    if limit is not None and memory is not None and memory.reserved + 2 * nbytes > limit * GIB:
+        return None  # twice: the engine will allocate its moments
+    device_for = getattr(engine, "device_for", None)
+    return device_for(nbytes) if device_for else None
+
+
 def find_resume_point(
-    config: TrainConfig, manager: CheckpointManager, *, framework: Framework
+    config: TrainConfig, manager: CheckpointManager, engine: Engine
 ) -> tuple[Checkpoint, CheckpointFile] | None:
     """The verified checkpoint that a run resumes from, and its file; None for a new run.
 
     A branch that has checkpoints of its own resumes from them, so repeating its command continues it. If
     there are checkpoints but none is intact, it raises: a new run would hide the damage.
     """
-    step, scan = config.from_step, manager.scan()
+    step, scan, framework = config.from_step, manager.scan(), engine.framework
     if scan.files or scan.damaged:
+        largest = max((file.bytes for file in scan.files), default=0)
+        device = None if scan.foreign else load_device(config, engine, largest)
         if step is None or config.branch is not None or _already_branched(step, scan):
-            checkpoint = manager.load_latest(framework=framework)  # falls back if the newest is damaged
+            checkpoint = manager.load_latest(framework=framework, device=device)  # falls back if damaged
         else:
             steps = manager.list_checkpoints()
             if step in steps and step != steps[-1]:
@@ -140,12 +152,14 @@ def find_resume_point(
                     f"--from-step {step}: {config.out} already continues to step {steps[-1]}, and a folder "
                     "holds only one timeline; add --branch NEW_FOLDER"
                 )
-            checkpoint = manager.load(step, framework=framework)
+            checkpoint = manager.load(step, framework=framework, device=device)
         return checkpoint, manager.inspect(checkpoint.step)
     if step is None:
         return None
     source = CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY)  # a new branch; only read from
-    return source.load(step, framework=framework), source.inspect(step)
+    file = source.inspect(step)
+    device = None if file.is_foreign else load_device(config, engine, file.bytes)
+    return source.load(step, framework=framework, device=device), file
 
 
 def _already_branched(step: int, scan: Scan) -> bool:

@@ -19,6 +19,7 @@ from distrust.training import imported, resume, resume_point
 from distrust.training.data_sources import Examples, Sources, read_sources, template_notes
 from distrust.training.events import Broadcaster, Observer, Preparing, Reason, RunEnded, RunStarted
 from distrust.training.loop import TrainingLoop
+from distrust.training.memory_guard import require_limited_device
 from distrust.training.prepare_data import PreparedData, prepare_data
 from distrust.training.process import StopRequest
 from distrust.training.progress import BestTracker, Progress, RunState
@@ -115,10 +116,12 @@ class Run:
         out = config.run_directory
         self._report(f"loading the model {config.model}", 0, 0)
         engine = self.engines.build(config)
+        if config.dtype == "auto":  # it is compared and recorded, too
+            config = replace(config, dtype=engine.dtype)
+        require_limited_device(config, engine)
         # Every byte of the checkpoint is verified before it is used.
-        begin = resume_point.find_resume_point(config, self.manager, framework=engine.framework)
-        if begin is not None:
-            checkpoint, file = begin
+        checkpoint, file = resume_point.find_resume_point(config, self.manager, engine) or (None, None)
+        if checkpoint is not None:
             checkpoint, record = imported.adopt_imported(checkpoint, config)
         elif self.engines.is_spent:
             raise ResumeRefused(
@@ -130,31 +133,28 @@ class Run:
         progress = self._progress
         # Before the restore, which drops evaluations of other data.
         progress.evaluations = replace(progress.evaluations, measured_on=data.measured_on)
-        if begin is not None:
+        if checkpoint is not None and file is not None:
             imported.require_steps_left(record, step=checkpoint.step, max_steps=data.max_steps, where=out)
+            differences = self._differences
             resume.restore(
-                checkpoint,
-                record,
-                engine=engine,
-                data=data,
-                progress=progress,
-                differences=self._differences,
+                checkpoint, record, engine=engine, data=data, progress=progress, differences=differences
             )
             imported.warn_imported(checkpoint, record, where=out)
             if file.path.parent == self.manager.directory:  # not so for a new branch
                 self._saver.last_durable = checkpoint.step, file.kind == "final"
+            del checkpoint  # it may be on the device, whose memory the loop measures
         elif start is not None:
             start.load(engine, config)
             progress.started_from = start.digest
         resume_point.require_not_made(self.config, data.max_steps, step=progress.step)
         option = f"--epochs {config.epochs}" if self.config.max_steps is None else "--max-steps"
-        source = file.path.parent.parent if begin else out
+        source = file.path.parent.parent if file else out
         data = resume.fit_schedule(data, given=option, step=progress.step, source=source)
         # As given: with more epochs, a resume has more steps.
         write_options(replace(data.config, max_steps=self.config.max_steps))
         progress.max_steps, progress.epoch_steps = data.max_steps, data.batches.epoch_steps
         progress.step_metrics = data.step_metrics
-        self._events.emit(self._describe_start(data, sources, resumed_from=file if begin else None))
+        self._events.emit(self._describe_start(data, sources, resumed_from=file))
         return TrainingLoop(
             data=data,
             engines=self.engines,
@@ -188,7 +188,7 @@ class Run:
             examples=len(data.corpus),
             tokens=int(data.corpus.loss_tokens.sum()),
             counts=data.corpus.counts,
-            sequences=len(data.corpus.bounds) - 1,
+            sequences=data.corpus.sequences,
             distribution=data.distribution,
             history=self._progress.history,  # so that observers can draw the steps before
             trained=trained,
@@ -199,6 +199,7 @@ class Run:
             warmup_steps=data.warmup_steps,
             notes=(
                 *sources.notes,
+                *([f"--dtype {engine.dtype}"] if engine.dtype != "float32" else []),
                 *template_notes(sources.training.stats, sources.training.reader.columns, engine.tokenizer),
                 *engine.adapted,
             ),

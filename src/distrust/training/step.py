@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from distrust.config import TrainConfig
 from distrust.contract import Engine, EngineFactory, Losses
-from distrust.data import IGNORED, MicroBatch
+from distrust.data import MicroBatch
 from distrust.errors import NonFiniteLoss
 from distrust.training.events import StepEnded
 from distrust.training.memory_guard import MemoryGuard
@@ -84,7 +84,7 @@ class StepRunner:
         start, engine = time.perf_counter(), self.engines.current
         self.engines.mark_trained()  # first: even an interrupted step may change the engine
         tokens = sum(batch.tokens for batch in batches)  # the mean is over the step, not the micro-batch
-        losses = []
+        losses: list[Losses] = []
         for micro_step, batch in enumerate(batches):
             engine.begin_micro_step(seed=self._config.seed, step=step, micro_step=micro_step)
             losses.append(engine.micro_step(batch, tokens=tokens))
@@ -98,15 +98,13 @@ class StepRunner:
             step=step,
             loss=_mean([part.cross_entropy for part in losses], tokens),
             weighted_loss=_mean([part.weighted for part in losses], tokens),
-            distrust=_mean(
-                [batch.distrust * (batch.labels != IGNORED).sum(axis=1) for batch in batches], tokens
-            ),
+            distrust=_mean([batch.distrust * batch.trained_tokens for batch in batches], tokens),
             learning_rate=rate,
             gradient_norm=norm,
             tokens=tokens,
             seconds=time.perf_counter() - start,
             stall_seconds=self._reported_stall - previous_stall,
-            memory_bytes=self.memory.observe_step(engine),
+            memory=self.memory.observe_step(engine),
         )
 
     def _max_norm(self, batches: Sequence[MicroBatch], tokens: int) -> float:
@@ -117,7 +115,9 @@ class StepRunner:
         """
         if self._config.clipping == "plain":
             return self._config.max_grad_norm
-        return self._config.max_grad_norm * _mean([batch.weights for batch in batches], tokens)
+        # Summed in the order of padded rows: the last bits of all runs since the first version depend on it.
+        rows = [batch.pad(batch.weights, filler=0) for batch in batches]
+        return self._config.max_grad_norm * _mean(rows, tokens)
 
     def _require_finite(
         self, step: int, batches: Sequence[MicroBatch], losses: Sequence[Losses], norm: float
