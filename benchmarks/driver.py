@@ -69,7 +69,7 @@ def measure(turns: Sequence[Turn], directory: Path, pause: float, results: Resul
     """
     for spec, of_state in groupby(turns, key=lambda turn: turn.spec):
         prepared = directory / "prepared"
-        with _Folder(prepared):
+        with EmptyFolder(prepared):
             for turn in of_state:
                 yield turn
                 if turn.case.name in results.failures.get(spec.text, {}):
@@ -86,7 +86,7 @@ def _measure(turn: Turn, directory: Path, prepared: Path) -> dict[str, float]:
     if reads is not None and not (prepared / reads).exists():
         _child("prepare", reads, turn.spec, directory, prepared)
     folder = directory / "measured"
-    with _Folder(folder):
+    with EmptyFolder(folder):
         return _child("measure", turn.case.name, turn.spec, folder, prepared)
 
 
@@ -111,14 +111,15 @@ def _child(verb: str, name: str, spec: Spec, folder: Path, prepared: Path) -> di
     return figures
 
 
-class _Folder:
+class EmptyFolder:
     """A new folder, removed on the way out."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def __enter__(self) -> None:
-        self.path.mkdir()
+    def __enter__(self) -> Path:
+        self.path.mkdir(parents=True)
+        return self.path
 
     def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path)

@@ -14,6 +14,7 @@ differ in what they do:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -35,14 +36,18 @@ class Library(ABC):
     Attributes:
         name: in the names of the cases.
         modules: that must be installed.
+        device: of the tensors.
     """
 
     name: str
     modules: tuple[str, ...] = ("torch",)
 
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
+
     def state(self, spec: Spec) -> Any:
         """The state in the form that this library takes."""
-        return torch_state(spec)
+        return torch_state(spec, self.device)
 
     @abstractmethod
     def save(self, state: Any, path: Path) -> None:
@@ -50,7 +55,7 @@ class Library(ABC):
 
     @abstractmethod
     def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
-        """Load everything into memory of the caller's own."""
+        """Load everything into memory of the caller's own, on the device."""
 
 
 class Background(ABC):
@@ -72,11 +77,18 @@ class Background(ABC):
         """Return when the state may change again; the returned function waits until it is durable."""
 
 
-def torch_state(spec: Spec) -> Any:
-    """The state as torch tensors, in memory that numpy has touched."""
+def torch_state(spec: Spec, device: str = "cpu") -> Any:
+    """The state as torch tensors: in memory that numpy has touched, or drawn on a device."""
     import torch
 
-    return states.map_arrays(states.make(spec), torch.from_numpy)
+    if device == "cpu":
+        return states.map_arrays(states.make(spec), torch.from_numpy)
+    items = max(1, spec.nbytes // spec.tensors // 4)
+    names = [f"layers.{index}.weight" for index in range(spec.tensors)]
+    return {
+        "model": {name: torch.randn(items, device=device, dtype=torch.float32) for name in names},
+        "optimizer": {},
+    }
 
 
 class Distrust(Library):
@@ -90,7 +102,8 @@ class Distrust(Library):
 
     def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
         manager = _manager(path)
-        return lambda: manager.load(STEP, framework="torch")
+        options = {} if self.device == "cpu" else {"device": self.device}
+        return lambda: manager.load(STEP, framework="torch", **options)
 
 
 class DistrustMapped(Distrust):
@@ -111,7 +124,9 @@ class DistrustBackground(Background):
 
     def prepare(self, state: Any, path: Path) -> None:
         self.manager = _manager(path)
-        self.manager.reserve(states.nbytes(state))
+        device = next(iter(state["model"].values())).device
+        options = {} if device.type == "cpu" else {"device": str(device)}  # it is page-locked
+        self.manager.reserve(states.nbytes(state), **options)
 
     def start(self, state: Any, path: Path) -> Wait:
         pending = self.manager.save_async(_checkpoint(state))
@@ -192,7 +207,7 @@ class Torch(Library):
     def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
         import torch
 
-        return lambda: torch.load(path / "state.pt", weights_only=True)
+        return lambda: torch.load(path / "state.pt", map_location=self.device, weights_only=True)
 
 
 class Dcp(Library):
@@ -214,6 +229,36 @@ class Dcp(Library):
             return target
 
         return load
+
+
+class TorchCheckpointing(Library):
+    """``torch_checkpointing`` with its blocking saver; it loads into existing tensors.
+
+    Without direct I/O, which fails here (0.1.1, on a disk that takes only aligned writes).
+    """
+
+    name = "torch_checkpointing"
+    modules = ("torch", "torch_checkpointing")
+
+    def save(self, state: Any, path: Path) -> None:
+        with contextlib.closing(self._manager()) as manager:
+            manager.save(str(path), state)
+        for file in path.rglob("*"):
+            if file.is_file():
+                _sync(file)
+
+    def loader(self, path: Path, spec: Spec) -> Callable[[], object]:
+        target, manager = self.state(spec), self._manager()
+        return lambda: manager.load(str(path), into=target)
+
+    @staticmethod
+    def _manager() -> Any:
+        from torch_checkpointing import CheckpointManager
+        from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
+
+        config = CheckpointManager.Config.with_sync_save()
+        config.storage_config = LocalFileSystemStorageConfig(use_direct_io=False)
+        return CheckpointManager(config)
 
 
 class DcpBackground(Background):

@@ -12,10 +12,12 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks import probes
+from benchmarks.devices import seconds
 from benchmarks.states import Spec
 
 BLOCK_BYTES = 16 << 20
@@ -102,6 +104,25 @@ def read_direct(file: Path) -> Figures:
 
     with _pool(2) as pool:
         return _time(work)
+
+
+def device(name: str, nbytes: int, matrix: Any) -> Figures:
+    """TFLOP/s of the square of a matrix; GB/s of copies on the device (read and written) and over the bus."""
+    import torch
+
+    clock = partial(seconds, device=name, warm_up=2, runs=5)
+    block, twin = (torch.zeros(nbytes, dtype=torch.uint8, device=name) for _ in range(2))
+    host = {"pageable": torch.zeros(nbytes, dtype=torch.uint8)}
+    if name.startswith("cuda"):
+        host["page_locked"] = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True)
+    figures = {
+        "tflops": 2 * len(matrix) ** 3 / clock(lambda: matrix @ matrix) / 1e12,
+        "device_copy_gbs": 2 * nbytes / clock(lambda: twin.copy_(block)) / 1e9,
+    }
+    for kind, memory in host.items():
+        figures[f"to_{kind}_gbs"] = nbytes / clock(partial(memory.copy_, block, non_blocking=True)) / 1e9
+        figures[f"from_{kind}_gbs"] = nbytes / clock(partial(block.copy_, memory, non_blocking=True)) / 1e9
+    return figures
 
 
 def digest(spec: Spec, *, all_cores: bool) -> Figures:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +41,57 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 #: The files that take longest. They come first, so that no worker is left with one of them at the end.
 LONGEST = (
     "test_readme.py",
-    "test_disturbed_trainers.py",
-    "test_mlx_engine.py",
     "test_fuzz.py",
+    "test_disturbed_trainers.py",
+    "test_examples.py",
     "test_experiments.py",
+    "test_conformance_runs.py",
+    "test_lightning.py",
     "test_train_command.py",
+    "test_mlx_engine.py",
     "test_architecture.py",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device",
+        choices=("cpu", "cuda", "mps"),
+        default="cpu",
+        help="where tests marked `device` train; `-m device` selects them (default: %(default)s)",
+    )
+
+
+#: Programs whose processes are forks, each with what it imports before.
+FORKED = {
+    "torch": IMPORTS,
+    "mlx": ["distrust.cli.train", "distrust.engines.mlx.engine", "distrust.reporting.console"],
+    "jax": ["jax.numpy", "ml_dtypes", "distrust.checkpoint.manager"],
+    "fuzz": ["campaigns.fuzz.__main__", "distrust.cli.convert", "distrust.cli.train"],
+}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start a server for each: workers share those of the process that starts them."""
+    if hasattr(config, "workerinput"):
+        return
+    refuse_missing_device(config.getoption("--device"))
+    servers = contextlib.ExitStack()
+    for name, imports in FORKED.items():
+        os.environ[f"FORKED_{name.upper()}"] = str(servers.enter_context(fork_server(imports)))
+    config.add_cleanup(servers.close)
+
+
+def refuse_missing_device(name: str) -> None:
+    """Whoever names a device wants tests there: if all were skipped, it would look like success."""
+    if name == "cpu":
+        return
+    if find_spec("torch") is None:
+        raise pytest.UsageError(f"--device {name}: torch is not installed")
+    import torch
+
+    if not (torch.cuda if name == "cuda" else torch.backends.mps).is_available():
+        raise pytest.UsageError(f"--device {name}: torch {torch.__version__} finds none")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -65,10 +111,27 @@ def _separate_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(scope="session")
-def forked_python() -> Iterator[Path]:
+def forked_python() -> Path:
     """The path of a program like ``python`` whose processes have the imports of a training done."""
-    with fork_server(IMPORTS) as program:
-        yield program
+    return Path(os.environ["FORKED_TORCH"])
+
+
+@pytest.fixture(scope="session")
+def forked_mlx() -> Path:
+    """The same for a training with mlx."""
+    return Path(os.environ["FORKED_MLX"])
+
+
+@pytest.fixture(scope="session")
+def forked_jax() -> Path:
+    """The same for checkpoints of jax's arrays."""
+    return Path(os.environ["FORKED_JAX"])
+
+
+@pytest.fixture(scope="session")
+def forked_fuzz() -> Path:
+    """The same for the campaign of hostile files; neither torch nor mlx is imported."""
+    return Path(os.environ["FORKED_FUZZ"])
 
 
 @pytest.fixture
@@ -110,10 +173,11 @@ def run_python(start_python) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
-#: Steps of four examples each, on the tiny model.
+#: Steps of four examples each, on the tiny model; in float32 on GPUs, too, for tests that compare values.
 TINY: dict[str, Any] = {
     "engine": "torch",
     "device": "cpu",
+    "dtype": "float32",
     "max_steps": 7,
     "batch_size": 2,
     "gradient_accumulation": 2,
@@ -155,6 +219,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def eval_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_records(tmp_path_factory.mktemp("data") / "eval.jsonl", 5, seed=9)
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    """The device of ``--device``."""
+    return str(request.config.getoption("--device"))
 
 
 @pytest.fixture(scope="session")
@@ -210,10 +280,11 @@ def run(data: Path) -> Run:
 
 
 @pytest.fixture(scope="session")
-def train(tiny_model: Path, tiny_config: Callable[..., TrainConfig]) -> Run:
+def train(tiny_model: Path, tiny_config: Callable[..., TrainConfig], device: str) -> Run:
     """Trains the tiny model, with torch by default: seven steps, eleven records per epoch.
 
-    With ``awaited`` it calls ``train_async`` and stops by a call instead of a signal.
+    torch trains on the device of ``--device``. With ``awaited`` it calls ``train_async`` and stops by a call
+    instead of a signal.
     """
 
     def train(
@@ -226,7 +297,8 @@ def train(tiny_model: Path, tiny_config: Callable[..., TrainConfig]) -> Run:
             if isinstance(event, StepEnded) and event.step == stop_after:
                 trainer.stop() if awaited else signal.raise_signal(signal.SIGTERM)
 
-        config = tiny_config(out, **{"model": str(tiny_model), **options})
+        where = device if options.get("engine", "torch") == "torch" else "cpu"
+        config = tiny_config(out, **{"model": str(tiny_model), "device": where, **options})
         trainer = DistrustTrainer(config, observers=[watch])
         return asyncio.run(trainer.train_async()) if awaited else trainer.train(), events
 

@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import statistics
 import subprocess
 import sys
@@ -32,18 +31,22 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.driver import ROOT
 from benchmarks.training.picture import draw
-from benchmarks.training.trainers import TRAINERS
+from benchmarks.training.process import measure
+from benchmarks.training.trainers import TRAINERS, missing_libraries
 from benchmarks.training.work import SIZES, Work, make
 
 OURS, OFF = "distrust, packing", "distrust, packing, weighting off"
 #: What the other trainers are compared with.
 FASTER, SMALLER, WEIGHTING_PERCENT = 1.3, 0.8, 1.0
-TIMEOUT_SECONDS = 1800
 #: The MLX engine is compared with mlx-lm's own trainer.
 OURS_MLX, MLX_LM = "distrust, mlx", "mlx-lm"
 MLX_FASTER, MLX_SMALLER = 1.1, 0.9
+#: Measured by ``python -m benchmarks.gpu``; here only if they are named.
+ON_REQUEST = (
+    "distrust, packing, not deterministic", "distrust, packing, 4 bit", "distrust, all weights, saves",
+    "transformers + peft, flattened", "transformers + peft, liger",
+)  # fmt: skip
 #: Takes minutes per step on CPUs: it is made for Apple's GPUs.
 SLOW = (OURS_MLX, MLX_LM)
 
@@ -54,6 +57,10 @@ def main() -> int:
     """Measure, and print results as they come."""
     options = _options()
     console = Console(highlight=False)
+    for name in list(options.trainers):
+        if missing := missing_libraries(name):
+            console.print(f"{name}: left out, because {', '.join(missing)} is not installed")
+            options.trainers.remove(name)
     results: dict[str, list[Round]] = {}
     for size in options.sizes:
         with tempfile.TemporaryDirectory(prefix="distrust-training-", dir=options.directory) as folder:
@@ -64,6 +71,7 @@ def main() -> int:
                 tokens=options.tokens,
                 row=options.row,
                 threads=options.threads,
+                device=options.device,
             )
             if options.steps:
                 work = replace(work, size=replace(work.size, steps=options.steps))
@@ -94,7 +102,7 @@ def _rounds(work: Work, options: argparse.Namespace, console: Console) -> list[R
         rounds.append({})
         for name in order:
             try:
-                figures = rounds[-1][name] = _measure(name, _steps_of(name, work))
+                figures = rounds[-1][name] = measure(name, _steps_of(name, work))
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 failed.add(name)
                 console.print(f"  {name}: {str(error).strip().splitlines()[-1][:200]}")
@@ -108,37 +116,6 @@ def _rounds(work: Work, options: argparse.Namespace, console: Console) -> list[R
 
 def _steps_of(name: str, work: Work) -> Work:
     return replace(work, size=replace(work.size, warmup_steps=1, steps=2)) if name in SLOW else work
-
-
-def _measure(name: str, work: Work) -> dict[str, float]:
-    for left in ("run", "out"):
-        shutil.rmtree(work.folder / left, ignore_errors=True)
-    environment = {
-        **os.environ,
-        "DISTRUST_CACHE": str(work.folder / "cache"),
-        "HF_HOME": str(work.folder / "hub"),
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": str(work.threads),
-    }
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "benchmarks.training.trainers", name, work.as_json()],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_SECONDS,
-    )
-    if process.returncode != 0:
-        raise RuntimeError(process.stderr)
-    figures = json.loads(process.stdout.splitlines()[-1])
-    if figures["steps"] != work.last_step:
-        raise RuntimeError(f"made {figures['steps']} steps, not {work.last_step}")
-    return {
-        "speed": figures["tokens"] / figures["seconds"],
-        "peak_mib": figures["peak_bytes"] / 2**20,
-        "tokens": figures["tokens"],
-        "seconds": figures["seconds"],
-    }
 
 
 def _show(what: str, rounds: Sequence[Round], console: Console) -> None:
@@ -221,9 +198,11 @@ def _options() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES))
-    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS), metavar="NAME",
-                        help=f"default: all of {', '.join(repr(name) for name in TRAINERS)}")  # fmt: skip
+    usual = [name for name in TRAINERS if name not in ON_REQUEST]
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["15M", "135M"])
+    parser.add_argument("--trainers", nargs="+", choices=TRAINERS, default=usual, metavar="NAME",
+                        help=f"default: all of {', '.join(repr(name) for name in usual)}")  # fmt: skip
+    parser.add_argument("--device", default="cpu", help="of torch: cpu (default) or cuda")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
     parser.add_argument(

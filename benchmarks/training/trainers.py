@@ -1,20 +1,22 @@
 """The trainers, each in a process of its own: ``python -m benchmarks.training.trainers NAME WORK``.
 
 Each trains LoRA of one rank on all linear layers, by its own loop, loader and optimizer, as its documentation
-says to, without saves and without logging. Prints as JSON the tokens that are no padding and the seconds that
-they took, and the most memory that the process ever had.
+says to, without logging, and without saves unless its name says so. Prints as JSON the tokens that are no
+padding and the seconds that they took, and the most memory: of the process, or on a GPU of its tensors.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.devices import memory_figures, synchronize
 from benchmarks.training.work import ALPHA, LEARNING_RATE, RANK, Work, from_json
 
 if TYPE_CHECKING:
@@ -22,14 +24,17 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """When steps ended, and how many tokens they had."""
+    """When steps ended on the device, how many tokens they had, and how long saves stalled training."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
+        self._device = device
         self.ends: list[float] = []
         self.tokens: list[int] = []
+        self.stalls: list[float] = []
 
     def step(self, tokens: int) -> None:
         """A step has ended."""
+        synchronize(self._device)
         self.ends.append(time.perf_counter())
         self.tokens.append(tokens)
 
@@ -37,25 +42,28 @@ class Clock:
 def our_config(work: Work, **options: Any) -> TrainConfig:
     from distrust import TrainConfig
 
-    return TrainConfig(
-        model=str(work.folder / "model"),
-        data=str(work.folder / "data.jsonl"),
-        out=str(work.folder / "run"),
-        max_length=work.row,
-        lora_rank=RANK,
-        lora_alpha=ALPHA,
-        learning_rate=LEARNING_RATE,
-        dtype="bfloat16" if work.dtype == "bfloat16" else "float32",
-        threads=work.threads,
-        **options,
-    )
+    usual = {
+        "model": str(work.folder / "model"),
+        "data": str(work.folder / "data.jsonl"),
+        "out": str(work.folder / "run"),
+        "device": work.device,
+        "dtype": work.dtype,
+        "threads": work.threads,
+        "max_length": work.row,
+        "lora_rank": RANK,
+        "lora_alpha": ALPHA,
+        "learning_rate": LEARNING_RATE,
+    }
+    return TrainConfig(**{**usual, **options})
 
 
-def ours(work: Work, clock: Clock, **options: Any) -> None:
+def ours(work: Work, clock: Clock, *, deterministic: bool = True, **options: Any) -> None:
     from distrust import DistrustTrainer, engines
-    from distrust.training.events import StepEnded
+    from distrust.training.events import CheckpointSaved, StepEnded
 
-    config = our_config(work, max_steps=work.last_step, save_every=0, **options)
+    config = our_config(work, **{"max_steps": work.last_step, "save_every": 0, **options})
+    if not deterministic:
+        _allow_nondeterminism()
     examples = [0]  # of the step in progress
 
     def create(config: Any) -> Any:
@@ -73,25 +81,60 @@ def ours(work: Work, clock: Clock, **options: Any) -> None:
         if isinstance(event, StepEnded):
             clock.step(event.tokens + examples[0])  # the first token of an example is not trained
             examples[0] = 0
+        elif isinstance(event, CheckpointSaved) and event.step < work.last_step:  # the final save blocks
+            clock.stalls.append(event.stall_seconds)
 
     trainer = DistrustTrainer(config, engine=create, observers=[watch])
     trainer.train()
 
 
+def _allow_nondeterminism() -> None:
+    """To measure what determinism costs: the engine has no option for it."""
+    from distrust.engines.torch import runtime
+
+    settings: Any = runtime.Settings
+    apply = settings._set
+    settings._set = lambda self: apply(self._replace(deterministic=False))
+
+
 def ours_packed(work: Work, clock: Clock) -> None:
-    ours(work, clock, packing=True, batch_size=work.rows)
+    ours(work, clock, **_packed_rows(work))
 
 
 def ours_packed_off(work: Work, clock: Clock) -> None:
-    ours(work, clock, packing=True, batch_size=work.rows, weighting="off")
+    ours(work, clock, **_packed_rows(work), weighting="off")
+
+
+def ours_packed_free(work: Work, clock: Clock) -> None:
+    ours(work, clock, **_packed_rows(work), deterministic=False)
+
+
+def ours_packed_4bit(work: Work, clock: Clock) -> None:
+    ours(work, clock, **_packed_rows(work), quantization="4bit")
+
+
+def ours_whole_saving(work: Work, clock: Clock) -> None:
+    ours(work, clock, **_packed_rows(work), lora_rank=0, save_every=work.last_step // 2 + 1, keep_last=1)
 
 
 def ours_plain(work: Work, clock: Clock) -> None:
-    ours(work, clock, batch_size=work.texts)
+    ours(work, clock, **_padded_texts(work))
 
 
 def ours_mlx(work: Work, clock: Clock) -> None:
-    ours(work, clock, batch_size=work.texts, engine="mlx")
+    ours(work, clock, **_padded_texts(work), engine="mlx")
+
+
+def _packed_rows(work: Work) -> dict[str, Any]:
+    return {
+        "packing": True,
+        "batch_size": work.rows_at_once,
+        "gradient_accumulation": work.micro_batches,
+    }
+
+
+def _padded_texts(work: Work) -> dict[str, Any]:
+    return {"batch_size": work.texts_at_once, "gradient_accumulation": work.micro_batches}
 
 
 def _torch(work: Work) -> tuple[Any, Any]:
@@ -101,7 +144,10 @@ def _torch(work: Work) -> tuple[Any, Any]:
 
     torch.set_num_threads(work.threads)
     model = AutoModelForCausalLM.from_pretrained(
-        work.folder / "model", dtype=getattr(torch, work.dtype), attn_implementation="sdpa"
+        work.folder / "model",
+        dtype=getattr(torch, work.dtype),
+        attn_implementation="sdpa",
+        device_map=None if work.device == "cpu" else {"": 0},  # the first GPU: not copied by way of the host
     )
     return model, AutoTokenizer.from_pretrained(work.folder / "model")
 
@@ -116,10 +162,11 @@ def _arguments(work: Work, batch_size: int) -> dict[str, Any]:
     return {
         "output_dir": str(work.folder / "out"),
         "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": work.micro_batches,
         "max_steps": work.last_step,
         "learning_rate": LEARNING_RATE,
         "bf16": work.dtype == "bfloat16",
-        "use_cpu": True,
+        "use_cpu": work.device == "cpu",
         "save_strategy": "no",
         "logging_strategy": "no",
         "report_to": "none",
@@ -130,11 +177,11 @@ def _arguments(work: Work, batch_size: int) -> dict[str, Any]:
 
 def _with_clock(trainer_class: Any, clock: Clock) -> Any:
     class Watched(trainer_class):  # type: ignore[misc]
-        """Says after each step how many of its tokens were no padding."""
+        """Counts the tokens of each micro-batch that are no padding."""
 
         def training_step(self, model: Any, inputs: Any, *arguments: Any, **options: Any) -> Any:
             ids, mask = inputs["input_ids"], inputs.get("attention_mask")
-            self.tokens = int(ids.numel() if mask is None else (mask != 0).sum())
+            tokens[0] += int(ids.numel() if mask is None else (mask != 0).sum())
             return super().training_step(model, inputs, *arguments, **options)
 
     from transformers import TrainerCallback
@@ -143,21 +190,22 @@ def _with_clock(trainer_class: Any, clock: Clock) -> Any:
         """Takes the time when the optimizer's step is made."""
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.step(watched[0].tokens)
+            clock.step(tokens[0])
+            tokens[0] = 0
 
-    watched: list[Any] = []
-
-    def make(**options: Any) -> Any:
-        watched.append(Watched(callbacks=[AtStep()], **options))
-        return watched[0]
-
-    return make
+    tokens = [0]  # of the step in progress
+    return partial(Watched, callbacks=[AtStep()])
 
 
-def transformers_trainer(work: Work, clock: Clock, **more: Any) -> None:
+def transformers_trainer(work: Work, clock: Clock, *, flat: bool = False, **more: Any) -> None:
     from datasets import load_dataset
     from peft import get_peft_model
-    from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+    from transformers import (
+        DataCollatorForLanguageModeling,
+        DataCollatorWithFlattening,
+        Trainer,
+        TrainingArguments,
+    )
 
     model, tokenizer = _torch(work)
     data = load_dataset("json", data_files=str(work.folder / "data.jsonl"), split="train")
@@ -169,15 +217,25 @@ def transformers_trainer(work: Work, clock: Clock, **more: Any) -> None:
     )
     trainer = _with_clock(Trainer, clock)(
         model=get_peft_model(model, _lora()),
-        args=TrainingArguments(**_arguments(work, work.texts), **more),
+        args=TrainingArguments(**_arguments(work, work.texts_at_once), **more),
         train_dataset=data,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        data_collator=DataCollatorWithFlattening()
+        if flat
+        else DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     trainer.train()
 
 
 def transformers_by_length(work: Work, clock: Clock) -> None:
     transformers_trainer(work, clock, train_sampling_strategy="group_by_length")
+
+
+def transformers_flattened(work: Work, clock: Clock) -> None:
+    transformers_trainer(work, clock, flat=True)
+
+
+def transformers_liger(work: Work, clock: Clock) -> None:
+    transformers_trainer(work, clock, flat=True, use_liger_kernel=True)
 
 
 def trl(work: Work, clock: Clock, *, packing: bool) -> None:
@@ -188,7 +246,7 @@ def trl(work: Work, clock: Clock, *, packing: bool) -> None:
     data = load_dataset("json", data_files=str(work.folder / "data.jsonl"), split="train").select_columns(
         ["text"]
     )
-    arguments = _arguments(work, work.rows if packing else work.texts)
+    arguments = _arguments(work, work.rows_at_once if packing else work.texts_at_once)
     trainer = _with_clock(SFTTrainer, clock)(
         model=model,
         args=SFTConfig(**arguments, packing=packing, max_length=work.row),
@@ -250,29 +308,57 @@ def mlx_lm(work: Work, clock: Clock) -> None:
 TRAINERS: dict[str, Callable[[Work, Clock], None]] = {
     "distrust, packing": ours_packed,
     "distrust, packing, weighting off": ours_packed_off,
+    "distrust, packing, not deterministic": ours_packed_free,
+    "distrust, packing, 4 bit": ours_packed_4bit,
+    "distrust, all weights, saves": ours_whole_saving,
     "distrust": ours_plain,
     "distrust, mlx": ours_mlx,
     "transformers + peft": transformers_trainer,
     "transformers + peft, by length": transformers_by_length,
+    "transformers + peft, flattened": transformers_flattened,
+    "transformers + peft, liger": transformers_liger,
     "TRL, packing": trl_packed,
     "TRL": trl_plain,
     "mlx-lm": mlx_lm,
 }
 
 
+#: What a trainer needs beside torch, transformers and peft.
+LIBRARIES = {
+    "distrust, packing, 4 bit": ["bitsandbytes"],
+    "distrust, mlx": ["mlx_lm"],
+    "transformers + peft": ["datasets"],
+    "transformers + peft, by length": ["datasets"],
+    "transformers + peft, flattened": ["datasets"],
+    "transformers + peft, liger": ["datasets", "liger_kernel"],
+    "TRL, packing": ["datasets", "trl"],
+    "TRL": ["datasets", "trl"],
+    "mlx-lm": ["mlx_lm"],
+}
+
+
+def missing_libraries(name: str) -> list[str]:
+    """Libraries that a trainer needs and that are not installed."""
+    return [library for library in LIBRARIES.get(name, []) if find_spec(library) is None]
+
+
 def main() -> None:
+    began = time.perf_counter()
     name, text = sys.argv[1:]
-    work, clock = from_json(text), Clock()
+    work = from_json(text)
+    clock = Clock(work.device)
     with contextlib.redirect_stdout(sys.stderr):
         TRAINERS[name](work, clock)
     first = work.size.warmup_steps
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     figures = {
         "tokens": sum(clock.tokens[first:]),
         "seconds": clock.ends[-1] - clock.ends[first - 1],
         "steps": len(clock.ends),
-        "peak_bytes": peak,
+        "first_step_seconds": clock.ends[0] - began,  # with all imports, and loading the model
+        **memory_figures(work.device),
     }
+    if clock.stalls:
+        figures["stall_seconds"] = max(clock.stalls)
     print(json.dumps(figures))
 
 

@@ -1,0 +1,1 @@
+"""Is training on a GPU exact, and how fast is it? ``python -m benchmarks.gpu``."""
