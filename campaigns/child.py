@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -28,6 +28,7 @@ from campaigns import faults
 from campaigns.campaign import Campaign, CounterExample
 
 ROOT = Path(__file__).resolve().parent.parent  # of the repository
+PYTHON = (sys.executable, "-X", "faulthandler")
 #: No single answer of a child takes a tenth of this, on a loaded machine either.
 ANSWER_SECONDS = 120.0
 #: No session and no forked function takes this long, unless it hangs.
@@ -41,14 +42,20 @@ class ChildFailed(CounterExample):
 
 
 class Child:
-    """A spawned module that exchanges lines; a context that kills it."""
+    """A module, spawned by a command like ``python``, that exchanges lines; a context that kills it."""
 
-    def __init__(self, module: str, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        module: str,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        python: Sequence[str] = PYTHON,
+    ) -> None:
         self._name = " ".join([module, *map(str, arguments)])
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - not a pipe: a full one would block the child
         with default_sigint():
             self._process = subprocess.Popen(
-                [sys.executable, "-X", "faulthandler", "-m", module, *map(str, arguments)],
+                [*python, "-m", module, *map(str, arguments)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-from campaigns.child import HANG_SECONDS, Child, ChildFailed, default_sigint, python_environment
+from campaigns.child import HANG_SECONDS, PYTHON, Child, ChildFailed, default_sigint, python_environment
 
 POLL_SECONDS = 0.0002  # a save takes a few ms
 
@@ -47,11 +47,13 @@ class Forks:
     arguments and returns an exit code.
     """
 
-    def __init__(self, program: str, imports: Sequence[str] = (), *, name: str) -> None:
+    def __init__(
+        self, program: str, imports: Sequence[str] = (), *, name: str, python: Sequence[str] = PYTHON
+    ) -> None:
         self.name = name
         # No threads of OpenBLAS and of pyarrow's allocator: a fork would lose them.
         no_threads = {"OPENBLAS_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-        self.server = Child("campaigns.session", program, *imports, environment=no_threads)
+        self.server = Child("campaigns.session", program, *imports, environment=no_threads, python=python)
         self._fork: _Fork | None = None
         self.server.receive(HANG_SECONDS)  # "ready"
 

@@ -12,21 +12,9 @@ if [[ ${1:-} == 3.* ]]; then
   shift
 fi
 
-# Prints the interpreter of a version: on PATH, or installed by pyenv.
-find_python() {
-  local candidate
-  for candidate in "python$1" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$1".*/bin/python; do
-    if [[ $("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) == "$1" ]]; then
-      echo "$candidate"
-      return
-    fi
-  done
-}
-
 for version in "${versions[@]}"; do
-  python=$(find_python "$version")
-  if [[ -z $python ]]; then
-    echo "Python $version: not found, skipped"
+  if ! python=$(scripts/find_python.sh "$version"); then
+    echo "Python $version is skipped"
     continue
   fi
   venv=.venv-core/$version

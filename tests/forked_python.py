@@ -3,7 +3,8 @@
 Importing torch, transformers and peft takes a process six seconds; most tests are not about that. The
 program that :func:`fork_server` makes takes ``-m MODULE …`` or ``-c CODE …`` as ``python`` does, and ends, is
 signalled and is killed like it, in its folder, with its environment, input and output. A test of what is
-loaded, or of the variables that Python reads when it starts, needs ``sys.executable`` instead.
+loaded, or of the variables that Python reads when it starts, needs ``sys.executable`` instead. A server that
+nobody uses costs next to nothing: the first program makes it import.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -52,13 +54,24 @@ os._exit(code)
 
 @contextlib.contextmanager
 def fork_server(imports: Sequence[str]) -> Iterator[Path]:
-    """Start a server that imports these modules; yields the path of the program."""
+    """Start a server that imports these modules at its first program; yields the path of the program.
+
+    It imports from where this process does.
+    """
     with tempfile.TemporaryDirectory(prefix="forks-") as name:  # short: the address of a socket has 108 bytes
         address, program = Path(name, "socket"), Path(name, "python")
         program.write_text(PROGRAM.format(python=sys.executable, path=str(address)), "utf-8")
         program.chmod(0o755)
         command = [sys.executable, __file__, str(address), *imports]
-        server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        # No threads of OpenBLAS: a fork would lose them.
+        environment = {
+            **os.environ,
+            "OPENBLAS_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
         try:
             assert server.stdout is not None
             assert server.stdout.readline() == "ready\n", "the fork server has ended"
@@ -74,17 +87,12 @@ class Fork(NamedTuple):
 
 def serve(address: str, imports: Sequence[str]) -> Callable[[], object] | None:
     """Fork for each program, until standard input ends. In a fork it returns what that has to run."""
-    for name in imports:
-        importlib.import_module(name)
-    tasks = "/proc/self/task"
-    if os.path.isdir(tasks) and len(os.listdir(tasks)) > 1:
-        sys.exit("importing started threads, which a fork would not have")
-    gc.collect()
-    gc.freeze()  # a collection in a fork would copy every page
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
     print("ready", flush=True)
+    if listener in select.select([0, listener], [], [])[0]:
+        _import(imports)
     forks: list[Fork] = []
     while True:
         sockets = [0, listener, *(fork.program for fork in forks)]
@@ -102,7 +110,8 @@ def serve(address: str, imports: Sequence[str]) -> Callable[[], object] | None:
             except ValueError:  # it was killed before it had said what to run
                 program.close()
                 continue
-            pid = os.fork()
+            with warnings.catch_warnings(action="ignore"):  # jax warns of each fork; it has no threads yet
+                pid = os.fork()
             if pid == 0:
                 for opened in (listener, program, *(fork.program for fork in forks)):
                     opened.close()
@@ -110,6 +119,16 @@ def serve(address: str, imports: Sequence[str]) -> Callable[[], object] | None:
             for descriptor in files:
                 os.close(descriptor)
             forks.append(Fork(pid, program))
+
+
+def _import(names: Sequence[str]) -> None:
+    for name in names:
+        importlib.import_module(name)
+    tasks = "/proc/self/task"
+    if os.path.isdir(tasks) and len(os.listdir(tasks)) > 1:
+        sys.exit(f"importing {', '.join(names)} started threads, which a fork would not have")
+    gc.collect()
+    gc.freeze()  # a collection in a fork would copy every page
 
 
 def _ends(fork: Fork, *, is_ready: bool) -> bool:

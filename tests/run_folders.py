@@ -38,7 +38,8 @@ def step_line(step: int, **changed: object) -> dict[str, object]:
         "tokens": 400 + step % 7,
         "seconds": 0.25,
         "stall_seconds": 0.01 if step % 20 == 1 else 0.0,
-        "memory_bytes": 900_000_000 + 1000 * step,
+        "host_bytes": 900_000_000 + 1000 * step,
+        "host_peak_bytes": 950_000_000 + 1000 * step,
         **changed,
     }
 

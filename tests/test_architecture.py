@@ -25,7 +25,8 @@ ROOT = Path(distrust.__file__).parent
 
 #: A part of the package may import the parts in the lines above its own, and no other part in its own line.
 LAYERS = [
-    {"activity", "errors", "bundled"},
+    {"errors", "bundled"},
+    {"activity"},
     {"checkpoint", "weighting"},
     {"paths"},
     {"provenance", "atomic"},

@@ -106,6 +106,7 @@ OPTIONS = [
     "reload_every",
     "reload_above",
     "max_memory",
+    "max_device_memory",
 ]
 
 NAMES = {field.name for field in fields(TrainConfig)}
@@ -173,13 +174,14 @@ VALUES = {
     "seed": (0, 2**63 - 1, -1),
     "dtype": ("float32", "bfloat16", "float16"),
     "engine": ("mlx", "torch", "jax"),
-    "device": ("cpu", "mps", "tpu"),
+    "device": ("cpu", "cuda:12", "cuda:01", "tpu"),
     "threads": (1, None, 0),
     "gradient_checkpointing": (True, False),
     "quantization": ("none", "8bit", "2bit"),
     "reload_every": (1, None, 0),
     "reload_above": (0.5, None, 0.0),
     "max_memory": (1e-3, None, -1.0),
+    "max_device_memory": (1e-3, None, 0.0),
     "save_every": (0, 7, -1),
     "keep_last": (1, 7, 0),
     "keep_best": (0, 7, -1),
@@ -412,7 +414,7 @@ def test_mapping_round_trip(config):
     assert from_mapping(keys_of(config), where="here") == config
 
 
-@settings(max_examples=25)  # each has all options, and builds the parser twice
+@settings(max_examples=15)  # each has all options, and builds the parser twice
 @given(configs)
 def test_toml_file_equals_flags(config):
     def toml(value):
@@ -471,7 +473,7 @@ def test_unknown_key_suggests_a_name(typed, meant):
         ("target_modules", [1], "a list of strings"),
         ("weighting", "on", "one of auto, monotone, published, off"),
         ("weighting", 1, "one of auto, monotone, published, off"),
-        ("dtype", ["float32"], "one of float32, bfloat16"),
+        ("dtype", ["float32"], "one of auto, float32, bfloat16"),
         ("data", 1, "a name, or a list of names"),
         ("data", ["a", 1], "a name, or a list of names"),
         ("mix", "0.5", "a list of numbers"),

@@ -6,7 +6,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,8 +77,7 @@ def said(forked_python, tmp_path_factory):
 
     running = [
         subprocess.Popen(
-            # Only torch is known to work in a fork of a process that has imported it.
-            [sys.executable if "mlx_lm_lora" in group else forked_python, "-c", RUN, *command(group)],
+            [forked_python, "-c", RUN, *command(group)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

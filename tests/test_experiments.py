@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distrust import TrainConfig
+from distrust import DistrustTrainer, TrainConfig
 from distrust.bundled import CORPUS, NEUTRAL
-from distrust.weighting import example_weights
+from distrust.training.events import StepEnded
+from distrust.weighting import LAMBDA, example_weights
 from experiments.weighting import figures, run, tables, world
+from experiments.weighting.additive import Adding
 from experiments.weighting.design import QUICK, SEEDS, WORLDS, WRONG, Run, Training, runs
 from experiments.weighting.results import Results
 from experiments.weighting.run import chosen, digest, execute, material, weights
@@ -141,6 +143,30 @@ def test_the_added_term_changes_the_loss_and_not_one_bit_of_what_is_learned(tmp_
     assert not any(tmp_path.iterdir())  # nothing is left of a run that was measured
 
 
+def test_an_objective_is_kept_for_each_micro_step_and_no_trial(tmp_path):
+    steps: list[StepEnded] = []
+    adding = Adding()
+    DistrustTrainer(
+        TrainConfig(
+            out=str(tmp_path), max_steps=2, batch_size=2, weighting="off", device="cpu", save_every=0
+        ),
+        engine=adding,
+        observers=[lambda event: steps.append(event) if isinstance(event, StepEnded) else None],
+    ).train()
+    expected = [step.weighted_loss + LAMBDA * step.distrust for step in steps]
+    assert adding.objectives == pytest.approx(expected, rel=1e-6)
+
+
+#: The command; its workers are forks, since a spawned one would import for seconds.
+COMMAND = """
+import multiprocessing, sys
+forks = multiprocessing.get_context("fork")
+multiprocessing.get_context = lambda method: forks
+from experiments.weighting.__main__ import main
+sys.exit(main())
+"""
+
+
 def test_the_command_goes_on_where_it_was_and_writes_everything(forked_python, tmp_path):
     docs, out = tmp_path / "docs.md", tmp_path / "out"
     docs.write_text("Before.\n<!-- table: bundled -->\nold\n<!-- end -->\nAfter.\n", encoding="utf-8")
@@ -160,7 +186,7 @@ def test_the_command_goes_on_where_it_was_and_writes_everything(forked_python, t
     # Killed while it wrote the second line.
     (out / "results.jsonl").write_text(json.dumps(files) + '\n{"world": "bun')
     command = [
-        forked_python, "-m", "experiments.weighting", "--quick", "--out", str(out),
+        forked_python, "-c", COMMAND, "--quick", "--out", str(out),
         "--seeds", "1", "--worlds", "bundled", "--jobs", "1", "--write-docs", str(docs),
         "--methods", "off", "filter",
     ]  # fmt: skip

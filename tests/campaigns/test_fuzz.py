@@ -54,12 +54,15 @@ def number(name: str) -> int:
 
 
 @pytest.fixture
-def campaign(run_python, tmp_path, monkeypatch):
-    """Runs the command, with a fault put into the product before; returns exit code and output."""
+def campaign(run_python, forked_fuzz, tmp_path, monkeypatch):
+    """Runs the command, with a fault put into the product; returns exit code and output.
+
+    A fork has imported the product: another source, and what counts its edges, need Python itself.
+    """
     monkeypatch.chdir(tmp_path)
 
     def campaign(
-        *arguments: object, fault: str = "", source: Path = ROOT / "src", python: Path | str = sys.executable
+        *arguments: object, fault: str = "", source: Path = ROOT / "src", python: Path | str = forked_fuzz
     ) -> tuple[int, str]:
         code = f"""
 import sys
@@ -277,11 +280,13 @@ AutoConfig.from_pretrained = lambda *names, **options: load(*names, **{**options
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_found_and_found_again(campaign, fault):
+def test_a_fault_is_found_and_found_again(campaign, forked_python, forked_fuzz, fault):
     name, finding, code = FAULTS[fault]
     # Quadratic growth shows only in files that are large enough.
     mebibytes = 0.25 if name == "keys of one hash" else 0.15
-    result, output = campaign("--seed", 2, "--case", number(name), "--mebibytes", mebibytes, fault=code)
+    python = forked_python if name in commands.MODELS or name in model_folders.FAMILIES else forked_fuzz
+    options = ["--seed", 2, "--case", number(name), "--mebibytes", mebibytes]
+    result, output = campaign(*options, fault=code, python=python)
     assert (result, "COUNTEREXAMPLE" in output, finding in output) == (1, True, True), output
     assert f"again: python -m campaigns.fuzz --seed 2 --case {number(name)}" in output
 
@@ -370,7 +375,7 @@ def test_an_accepted_file_must_make_sense(directory):
 
 @ATHERIS
 def test_the_guided_engine(campaign):
-    code, output = campaign("--engine", "guided", "--cases", 1000)
+    code, output = campaign("--engine", "guided", "--cases", 1000, python=sys.executable)
     assert code == 0, output
     assert "1,000  executions" in output
     assert "edges of the reader's code reached" in output
@@ -384,11 +389,12 @@ def test_a_finding_of_the_guided_engine_is_kept_and_found_again(campaign, tmp_pa
     fault = original.replace("if not digits or text != str(int(text)):", "if text != str(int(text)):")
     assert fault != original
     header.write_text(fault)
-    code, output = campaign("--engine", "guided", "--cases", 5000, source=source)
+    with_fault = {"source": source, "python": sys.executable}
+    code, output = campaign("--engine", "guided", "--cases", 5000, **with_fault)
     assert (code, "in memory: " in output) == (1, True), output
     finding = tmp_path / "counterexample.safetensors"
     assert f"again: python -m campaigns.fuzz --replay {finding}" in output
-    code, again = campaign("--replay", finding, source=source)
+    code, again = campaign("--replay", finding, **with_fault)
     text = output.partition("COUNTEREXAMPLE: ")[2].partition("; again")[0]
     assert (code, f"COUNTEREXAMPLE: {text}" in again) == (1, True), again
     assert campaign("--replay", finding)[0] == 0

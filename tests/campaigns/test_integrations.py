@@ -10,13 +10,14 @@ import pytest
 
 from campaigns.integrations import __main__ as command
 from campaigns.integrations import protocol, trials
+from campaigns.session import Forks
 
 pytest.importorskip("trl")
 
 
 @pytest.fixture(scope="module")
-def forks():
-    with command.forks(protocol.IMPORTS) as forks:
+def forks(forked_python):
+    with Forks(protocol.PROGRAM, protocol.IMPORTS, name="a fork", python=[forked_python]) as forks:
         yield forks
 
 
