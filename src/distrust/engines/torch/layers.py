@@ -30,7 +30,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 TRIAL_TOKENS = 4
 #: A module and its input -> its output, or None where it declines.
 Fused = Callable[[Any, Tensor], Tensor | None]
-#: Multiplications from which oneDNN pays with AVX-512: below, MKL is as fast, and each new shape costs oneDNN a set-up.
+#: Multiplications from which oneDNN pays with AVX-512: below, MKL is as fast, and new shapes cost a set-up.
 MIN_MULTIPLICATIONS = 2**27
 #: By this name modeling files of transformers call RoPE (Su et al. 2021, arXiv:2104.09864).
 ROTARY = "apply_rotary_pos_emb"
