@@ -10,8 +10,8 @@ stage has to look up which example a token belongs to.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +20,7 @@ from distrust.data.corpus import Corpus
 from distrust.data.packing import PackedRows
 from distrust.data.sampler import EpochSampler
 
+Extended = TypeVar("Extended", bound="MicroBatch")
 IGNORED = -100  # the label of a token that carries no loss; torch and transformers use the same number
 
 
@@ -60,6 +61,10 @@ class MicroBatch:
         """int64[b], the number of trained tokens of each sequence."""
         trained = self.sequences[self.labels != IGNORED]
         return np.bincount(trained, minlength=len(self.examples))
+
+    def extend(self, kind: type[Extended], **additions: Any) -> Extended:
+        """This batch as one of a subclass, with what an engine adds to it; arrays are not copied."""
+        return kind(**{each.name: getattr(self, each.name) for each in fields(MicroBatch)}, **additions)
 
     def pad(self, values: NDArray[Any], *, filler: Any) -> NDArray[Any]:
         """Values [n] as [b, t]: a row for each sequence, padded on the right to the longest."""

@@ -12,7 +12,7 @@ A trial on a few tokens decides whether a method is exact for this model, as in 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
@@ -72,8 +72,8 @@ class Rows(MicroBatch):
         trained = batch.labels != IGNORED  # never a sequence's first token: none predicts it
         predictor_index = np.ravel_multi_index(cells, shape)[trained] - 1
         padding = (0, _round_up(len(predictor_index), multiple) - len(predictor_index))
-        return cls(
-            **{field.name: getattr(batch, field.name) for field in fields(MicroBatch)},
+        return batch.extend(
+            cls,
             row_ids=row_ids,
             segments=segments if shape[0] < len(lengths) else None,
             predictor_index=np.pad(predictor_index.astype(np.int32), padding),

@@ -6,7 +6,7 @@ copies at once and without the host's help.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -58,8 +58,8 @@ class Row(MicroBatch):
         if block is not None:
             # numpy's empty arrays, where no token is trained, have no stride to view.
             torch.cat([tensor.view(torch.uint8) for tensor in host if len(tensor)], out=block)
-        return cls(
-            **{field.name: getattr(batch, field.name) for field in fields(MicroBatch)},
+        return batch.extend(
+            cls,
             trained_sequences=batch.sequences[trained],
             trained_weights=weights,
             host=host,
