@@ -28,7 +28,7 @@ LAYERS = [
     {"errors", "bundled"},
     {"activity"},
     {"checkpoint", "weighting"},
-    {"paths"},
+    {"paths", "ranks"},
     {"provenance", "atomic"},
     {"options"},
     {"config"},

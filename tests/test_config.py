@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrust import TrainConfig
+from distrust.cli.launch import Launch
 from distrust.cli.train import parse
 from distrust.config import flag, key, option_docs, option_groups
 from distrust.config_text import from_mapping, from_toml
@@ -107,6 +108,9 @@ OPTIONS = [
     "reload_above",
     "max_memory",
     "max_device_memory",
+    "reduction",
+    "shard",
+    "rank_timeout",
 ]
 
 NAMES = {field.name for field in fields(TrainConfig)}
@@ -182,6 +186,9 @@ VALUES = {
     "reload_above": (0.5, None, 0.0),
     "max_memory": (1e-3, None, -1.0),
     "max_device_memory": (1e-3, None, 0.0),
+    "reduction": ("fast", "exact", "slow"),
+    "shard": ("base", "none", "some"),
+    "rank_timeout": (0.5, 900.0, 0.0),
     "save_every": (0, 7, -1),
     "keep_last": (1, 7, 0),
     "keep_best": (0, 7, -1),
@@ -253,7 +260,8 @@ def test_help_has_the_groups_of_the_reference(capsys, monkeypatch):
     assert groups[::2] == ["options", *(f"{title} options" for title in option_groups())]
     for text, options in zip(groups[3::2], option_groups().values(), strict=True):
         flags = re.findall(r"^\W*(--[\w-]+)[ ,]", text, re.MULTILINE)
-        assert flags == [flag(option.name) for option in options]
+        of_launcher = fields(Launch) if options[0].name == "reduction" else ()
+        assert flags == [flag(option.name) for option in (*of_launcher, *options)]
 
 
 def test_help_shows_each_default_once(capsys):
@@ -397,8 +405,14 @@ def test_branch_requires_a_step_and_another_folder():
 
 NO_ADAPTER = {"rslora": False, "dora": False}
 configs = st.fixed_dictionaries({name: st.sampled_from(values[:2]) for name, values in VALUES.items()}).map(
-    lambda values: TrainConfig(**values | ({} if values["lora_rank"] else NO_ADAPTER))
+    lambda values: TrainConfig(**values | ({} if values["lora_rank"] else NO_ADAPTER) | shard_of(values))
 )
+
+
+def shard_of(values):
+    """A division of the base only where nothing contradicts it."""
+    is_plain = values["lora_rank"] and not values["dora"] and not values["compile"]
+    return {} if is_plain and values["quantization"] == "none" else {"shard": "none"}
 
 
 def keys_of(config):

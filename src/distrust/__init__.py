@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         CheckpointDirectoryLocked, CheckpointError, CheckpointNotFound, CheckpointUnreadable, ConfigError,
         CorruptCheckpoint, DamagedCheckpointWarning, DataError, DistrustError, DistrustWarning,
         ExportFailed, MissingDependency, ModelError, NoIntactCheckpoint, NonFiniteLoss, OutOfMemory,
-        ResumeRefused, RunInProgress, RunNotFound, SaveFailed, UnsupportedState, UnsupportedVersion,
-        WriteFailed,
+        RankLost, RanksDiffer, ResumeRefused, RunInProgress, RunNotFound, SaveFailed, UnsupportedState,
+        UnsupportedVersion, WriteFailed,
     )  # fmt: skip
     from distrust.previews import preview
     from distrust.trainer import DistrustTrainer
@@ -57,8 +57,9 @@ __all__ = [
     "CheckpointNotFound", "CheckpointUnreadable", "ConfigError", "CorruptCheckpoint",
     "DamagedCheckpointWarning", "DataError", "DistrustError", "DistrustTrainer", "DistrustWarning",
     "ExportFailed", "MissingDependency", "ModelError", "NoIntactCheckpoint", "NonFiniteLoss",
-    "OutOfMemory", "PendingSave", "ResumeRefused", "RunEnded", "RunInProgress", "RunNotFound", "RunState",
-    "SaveFailed", "TrainConfig", "UnsupportedState", "UnsupportedVersion", "WriteFailed", "load_file",
+    "OutOfMemory", "PendingSave", "RankLost", "RanksDiffer", "ResumeRefused", "RunEnded",
+    "RunInProgress", "RunNotFound", "RunState", "SaveFailed", "TrainConfig", "UnsupportedState",
+    "UnsupportedVersion", "WriteFailed", "load_file",
     "preview", "save_file", "save_file_async", "verify_file",
 ]  # fmt: skip
 

@@ -52,6 +52,8 @@ Dtype = Literal["auto", "float32", "bfloat16"]
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 ExportFormat = Literal["adapter", "mlx", "merged", "state"]
 EngineName = Literal["auto", "torch", "mlx"]
+Reduction = Literal["exact", "fast"]
+Shard = Literal["none", "base", "all"]
 Quantization = Literal["none", "8bit", "4bit"]
 OnLong = Literal["truncate", "drop", "error"]
 Schedule = Literal["cosine", "linear", "constant", "wsd"]
@@ -99,7 +101,7 @@ _METRIC = Bound(
 _MODEL, _DATA, _RUN = Group("Model"), Group("Data"), Group("Run")
 _WEIGHTING, _LORA, _OPTIMIZATION = Group("Weighting"), Group("LoRA"), Group("Optimization")
 _EVALUATION, _CHECKPOINTS, _LOGGING = Group("Evaluation"), Group("Checkpoints"), Group("Logging")
-_COMPUTE, _MEMORY = Group("Compute"), Group("Memory")
+_COMPUTE, _MEMORY, _RANKS = Group("Compute"), Group("Memory"), Group("Processes")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -314,6 +316,15 @@ class TrainConfig:
     max_device_memory: float | None = _MEMORY.free(None, ABOVE_ZERO)
     """GiB of the device, caches of the allocator included, that no step may exceed: as `max_memory`."""
 
+    reduction: Reduction = _RANKS.bits("exact", if_changed=True)
+    """How gradients of several processes (ranks) are summed: "exact" in the order of the micro-batches, so
+    that the result is the same on any number of ranks; "fast" in the order of the communication library."""
+    shard: Shard = _RANKS.bits("none", if_changed=True)
+    """What is divided among the ranks: "none"; "base", the frozen base model; or "all", weights, gradients
+    and moments with --lora-rank 0."""
+    rank_timeout: float = _RANKS.free(900.0, ABOVE_ZERO)
+    """Seconds after which a rank that does not answer counts as lost: the run ends and can be resumed."""
+
     def __post_init__(self) -> None:
         wrong, outside = dict[str, str](), dict[str, str]()
         for option in fields(TrainConfig):  # normalized, so that equal values compare equal
@@ -365,6 +376,13 @@ class TrainConfig:
                 yield name, "give a --lora-rank; 0 makes no adapter"
         if self.quantization in ("8bit", "4bit") and self.lora_rank == 0:
             yield "quantization", "give --lora-rank 1 or more with it: quantized weights are frozen"
+        if self.shard == "all" and self.lora_rank:
+            yield "shard", "give --lora-rank 0 with it, or --shard base, which divides an adapter's base"
+        if self.shard == "base":
+            if self.lora_rank == 0:
+                yield "shard", "give a --lora-rank of 1 or more with it: it divides the frozen base"
+            for name in sorted({"dora", "quantization", "compile"} & self.non_default().keys()):
+                yield name, "leave it out with --shard base"
         if self.branch is not None and self.from_step is None:
             yield "branch", "it requires --from-step"
         elif self.branch is not None and realpath(self.branch) == realpath(self.out):

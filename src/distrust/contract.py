@@ -8,7 +8,7 @@ this module, and neither imports the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
@@ -17,6 +17,8 @@ from distrust.data import MicroBatch, Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from distrust.checkpoint.shared_writer import Peers
 
 #: ``max_length`` of a config that gives none, unless the model's context is shorter.
 DEFAULT_MAX_LENGTH = 1024
@@ -113,22 +115,38 @@ class Engine(Protocol):
         no reference to the engine. Passes take batches that are not prepared, too.
         """
 
-    def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
-        """Seed every random generator from these three numbers, and from nothing else.
+    @property
+    def world_size(self) -> int:
+        """Number of ranks whose gradients :meth:`accumulate` sums; 1 for an engine that trains alone."""
 
-        The first micro-step also clears gradients that an interrupted step may have accumulated.
+    @property
+    def peers(self) -> Peers | None:
+        """How the ranks write a checkpoint together, if each has a part of the state; else the leader does.
+
+        Then :meth:`state` has a shard of each array of ``model`` and ``optimizer``, and :meth:`load_state`
+        takes the contents of these from the leader.
         """
 
-    def micro_step(self, batch: MicroBatch, *, tokens: int) -> Losses:
-        """Forward and backward: accumulate the gradient of Σ weight · cross-entropy / ``tokens``.
+    def accumulate(
+        self, batches: Sequence[MicroBatch], *, seed: int, step: int, tokens: int
+    ) -> Sequence[Losses]:
+        """The gradient of Σ weight · cross-entropy / ``tokens``: forward and backward of each micro-batch.
 
-        ``tokens`` are the trained tokens of the whole optimizer step, over all its micro-batches.
+        Gradients are summed in the order of the micro-batches, whichever rank computes them: a run has the
+        same bits on any number of ranks. All ranks get all batches and return all losses.
+
+        Args:
+            batches: the micro-batches of the step.
+            seed: of the run; random generators derive from it, from the step and from the micro-batch's
+                number, and from nothing else.
+            step: of the optimizer, from 1.
+            tokens: the trained tokens of the whole step.
         """
 
     def clip_gradients(self, max_norm: float) -> float:
         """Scale the gradients down to ``max_norm`` (0: no clipping); returns the norm before.
 
-        Waits for the device, and fetches the losses of the step's micro-steps at the same time.
+        Waits for the device, and fetches the losses of the step's micro-batches at the same time.
         """
 
     def update(self, *, learning_rate: float) -> None:
@@ -136,6 +154,9 @@ class Engine(Protocol):
 
     def is_finite(self) -> bool:
         """Whether all trained parameters and their moments are finite."""
+
+    def checksum(self) -> int:
+        """A number that differs, as a rule, if any bit of the trained parameters or moments does."""
 
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout; changes no state."""
@@ -153,8 +174,25 @@ class Engine(Protocol):
     def device_memory(self) -> DeviceMemory | None:
         """Memory used on the device, also where it is a part of the host's (Apple's GPUs); None on a CPU."""
 
+    def device_for(self, nbytes: int) -> str | None:
+        """The device that a state of this size is loaded to; None for the host."""
+
+    def release_memory(self) -> None:
+        """Return freed memory of the device to the system."""
+
     def close(self) -> None:
         """Free model, optimizer and caches, even if references to the engine remain. It is not used again."""
+
+
+def accumulate_alone(
+    engine: Any, batches: Sequence[MicroBatch], *, seed: int, step: int, tokens: int
+) -> list[Losses]:
+    """:meth:`Engine.accumulate` of an engine that trains alone, and has methods for one micro-batch."""
+    losses: list[Losses] = []
+    for micro_step, batch in enumerate(batches):
+        engine.begin_micro_step(seed=seed, step=step, micro_step=micro_step)
+        losses.append(engine.micro_step(batch, tokens=tokens))
+    return losses
 
 
 EngineFactory = Callable[[TrainConfig], Engine]

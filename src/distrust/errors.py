@@ -12,6 +12,8 @@
     ├── WriteFailed                     a file was not written; an existing one is unchanged
     ├── RunInProgress                   another run of this process is training
     ├── RunNotFound                     a folder contains no run
+    ├── RankLost                        another process of the run has ended or does not answer
+    ├── RanksDiffer                     the processes of a run have other data, models or weights
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
         ├── CorruptCheckpoint           a file differs from what was written
@@ -81,6 +83,8 @@ def _join_lines(lines: str | Iterable[str]) -> _Lines:
 class DistrustError(Exception):
     """The root: ``except DistrustError`` catches every error that is not a bug."""
 
+    exit_code = 1  #: of a command that ends with it
+
     def __init__(self, message: str | Iterable[str], *, path: Path | None = None) -> None:
         super().__init__(_join_lines(message))
         self.path = path  #: the file or folder it is about; None if there is none
@@ -127,6 +131,8 @@ def defer_warning(warning: DistrustWarning) -> None:
 
 class ConfigError(DistrustError):
     """An option is wrong, unknown, or contradicts another."""
+
+    exit_code = 2
 
 
 class DataError(DistrustError):
@@ -196,6 +202,14 @@ class RunInProgress(DistrustError):
 
 class RunNotFound(DistrustError):
     """A folder contains no run."""
+
+
+class RankLost(DistrustError):
+    """Another process of the run has ended or does not answer. The run can be resumed."""
+
+
+class RanksDiffer(DistrustError):
+    """The processes of a run have other data, models or weights, or are not at the same step."""
 
 
 class CheckpointError(DistrustError):

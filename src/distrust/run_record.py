@@ -23,7 +23,8 @@ _OLD_KEYS = {"begun_elsewhere": "imported_from", "not_taken_over": "dropped"}
 #: Keys of ``run`` that are not options; each is also a field.
 _RUN_KEYS = {
     "corpus", "environment", "elapsed_seconds", "evaluations",
-    "continues", "imported_from", "dropped", "converted_from", "model_is_folder", "integration",
+    "continues", "imported_from", "dropped", "converted_from", "model_is_folder", "ranks",
+    "integration",
 }  # fmt: skip
 #: Options that are taken from a checkpoint besides those that change the result. No other one: a checkpoint
 #: may be a stranger's, and must not choose where this machine writes, or how much of it is used.
@@ -50,6 +51,7 @@ class RunRecord:
     continues: str = ""  # program and step that an imported run began at; empty if it began here
     imported_from: str = ""  # the program that wrote the checkpoint; empty if it is this trainer
     dropped: tuple[str, ...] = ()  # a line for each thing that the import did not keep
+    ranks: int = 1  # number of processes that trained together
     model_is_folder: bool = False  # the model was a folder, so its name is never looked up on a hub
     converted_from: str = ""  # path of the file that was converted, relative to the checkpoint's folder
     trained_by: str = ""  # the library whose loop saved it, by distrust.integrations; never saved by a run
@@ -71,6 +73,7 @@ class RunRecord:
         extra = {_OLD_KEYS.get(name, name): value for name, value in _mapping(run).items()}
         tokens, digests = metadata.get("tokens_seen"), _mapping(config.get("fingerprints"))
         elapsed, evaluations, dropped = map(extra.get, ("elapsed_seconds", "evaluations", "dropped"))
+        ranks = extra.get("ranks")
         return cls(
             config={name: value for name, value in config.items() if name != "fingerprints"},
             settings={name: value for name, value in extra.items() if name not in _RUN_KEYS},
@@ -84,6 +87,7 @@ class RunRecord:
             imported_from=_text(extra.get("imported_from")),
             dropped=tuple(line for line in dropped if type(line) is str) if type(dropped) is list else (),
             converted_from=_text(extra.get("converted_from")),
+            ranks=ranks if type(ranks) is int else 1,
             model_is_folder=extra.get("model_is_folder") is True,
             trained_by=_text(_mapping(extra.get("integration")).get("program")),
         )
@@ -101,6 +105,7 @@ class RunRecord:
                 "elapsed_seconds": self.elapsed_seconds,
                 "evaluations": self.evaluations,
                 **({"continues": self.continues} if self.continues else {}),
+                **({"ranks": self.ranks} if self.ranks > 1 else {}),
                 **({"model_is_folder": True} if self.model_is_folder else {}),
             },
         }

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from signal import SIGINT
 from typing import Any
 
 from distrust import engines
 from distrust.activity import in_notebook
-from distrust.checkpoint import CheckpointManager
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.config import BUNDLED, EXAMPLES, MODEL_OBJECT, TrainConfig
 from distrust.config_text import RUN_CONFIG
 from distrust.contract import Engine
-from distrust.errors import ConfigError
+from distrust.errors import ConfigError, DistrustWarning
 from distrust.importers.start import read_start
 from distrust.paths import refuse_links
+from distrust.ranks import Ranks, leads
 from distrust.reporting import dashboards
 from distrust.reporting.metrics import METRICS, PROVENANCE
 from distrust.training.data_sources import Examples
 from distrust.training.events import Observer, RunEnded
 from distrust.training.process import StopRequest, exclusive_run, run_in_thread
 from distrust.training.progress import RunState
+from distrust.training.recording import checkpoint_manager
 from distrust.training.run import Run
 from distrust.training.step import EngineHolder
 
@@ -49,6 +50,7 @@ class DistrustTrainer:
         examples: dicts to train on, instead of ``config.data``. They are checked like the records of a file,
             and read once for each call of :meth:`train`; a generator can be read only once.
         eval_examples: dicts to evaluate on, instead of ``config.eval_data``.
+        ranks: the processes that train together. Default: those that this one was started with.
 
     Raises:
         ConfigError: the config resets memory, but the engine cannot be built again; the model has no data;
@@ -65,16 +67,15 @@ class DistrustTrainer:
         observers: Iterable[Observer] | None = None,
         examples: Examples | None = None,
         eval_examples: Examples | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         objects = None if model is None and tokenizer is None else (model, tokenizer)
         if objects is not None:
             if None in objects or engine is not None or config.model not in (BUNDLED, MODEL_OBJECT):
                 raise ConfigError("give model and tokenizer together, and neither an engine nor config.model")
             config = replace(config, model=MODEL_OBJECT)
-            engine = partial(engines.create_engine, objects=objects)
-        # Looked up when an engine is built, so that it can be replaced in tests.
-        source = (lambda config: engines.create_engine(config)) if engine is None else engine
-        self._engines = EngineHolder(source)
+        self._objects, self._ranks = objects, ranks
+        self._engines = EngineHolder(engine or self._create_engine)
         if not self._engines.can_rebuild and (config.reload_every or config.reload_above):
             raise ConfigError(
                 "--reload-every and --reload-above build the engine again: give a factory, "
@@ -90,15 +91,7 @@ class DistrustTrainer:
         self._config = config = replace(config, data=data)
         self._examples, self._eval_examples = examples, eval_examples  # may be generators: not read here
         self._observers = None if observers is None else tuple(observers)
-        self._manager = CheckpointManager(
-            config.run_directory / RUN_SUBDIRECTORY,
-            keep_last=config.keep_last,
-            keep_best=config.keep_best,
-            keep_every=config.keep_every,
-            metric=config.metric,
-            metric_mode=config.metric_mode,
-            record_host=config.host,
-        )
+        self._manager = checkpoint_manager(config)
         self._state = RunState(out=config.run_directory, max_steps=config.max_steps)
         self._stop: StopRequest | None = None  # of the run in progress
 
@@ -139,7 +132,8 @@ class DistrustTrainer:
     def stop(self) -> None:
         """Ask the run in progress to save and end after its current step; from any thread or observer.
 
-        The same config resumes from there. Without a run in progress this does nothing.
+        The same config resumes from there. Without a run in progress this does nothing. Of several ranks that
+        still prepare, it ends the processes.
         """
         stop = self._stop  # read once: the run may end meanwhile
         if stop is not None:
@@ -161,11 +155,12 @@ class DistrustTrainer:
         config, observers = self._config, self._observers
         refuse_links(*(config.run_directory / name for name in WRITTEN_NAMES))  # before anything is created
         with contextlib.ExitStack() as stack:
-            if observers is None:
-                from distrust.reporting.console import ConsoleReporter  # rich is slow to load
-
-                console = stack.enter_context(ConsoleReporter(log_every=config.log_every))
-                observers = (console, *dashboards.create_observers(config))
+            self._joined = ranks = stack.enter_context(self._ranks or engines.join_ranks(config))
+            if not leads(ranks):
+                observers = ()
+                stack.enter_context(warnings.catch_warnings(action="ignore", category=DistrustWarning))
+            elif observers is None:
+                observers = stack.enter_context(dashboards.default_observers(config))
             if config.chat_template is not None:  # recorded: the file may change or disappear
                 template = engines.read_chat_template(config.chat_template)
                 config = replace(config, chat_template=template)
@@ -177,8 +172,13 @@ class DistrustTrainer:
                 stop=stop,
                 publish=self._publish,
                 read_start=read_start,
+                ranks=ranks,
             )
             return run.train(examples=self._examples, eval_examples=self._eval_examples)
+
+    def _create_engine(self, config: TrainConfig) -> Engine:
+        # Looked up here, so that it can be replaced in tests.
+        return engines.create_engine(config, objects=self._objects, ranks=self._joined)
 
     def _publish(self, state: RunState) -> None:
         self._state = state  # one assignment, so other threads never see a mixture

@@ -21,7 +21,7 @@ from distrust.engines import create_engine, open_checkpoint
 from distrust.errors import ConfigError
 from distrust.reporting.console import ConsoleReporter
 from distrust.testing.toy_engine import ToyEngine
-from distrust.training.events import CheckpointSaved, MemoryReset, StepEnded
+from distrust.training.events import CheckpointSaved, CheckpointStarted, MemoryReset, StepEnded
 
 GIB = 2**30
 
@@ -149,6 +149,18 @@ def test_no_reset_from_a_damaged_checkpoint(run, tmp_path):
         )
     assert resets(events) == [6]
     assert ended.state_digest == alone.state_digest
+
+
+def test_a_stop_during_a_save_that_fails_is_answered_at_once(run, tmp_path, failing_saves):
+    failing_saves(1)
+
+    def stop(event):
+        if isinstance(event, CheckpointStarted) and event.step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.warns(DistrustWarning, match="the next save tries again"):
+        ended, _ = run(tmp_path, engine=made_anew, reload_every=3, save_every=0, observers=[stop])
+    assert (ended.step, ended.signal) == (3, signal.SIGTERM)
 
 
 @pytest.mark.parametrize("when", ["while it saves", "while it loads"])

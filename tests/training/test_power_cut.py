@@ -11,7 +11,8 @@ import pytest
 
 from campaigns.power.cut import FATES, World, build
 from campaigns.power.recording import Killed, RecordingDisk
-from distrust import CheckpointManager, trainer
+from distrust import CheckpointManager
+from distrust.training import recording
 
 
 class Machine:
@@ -27,7 +28,9 @@ class Machine:
     def run(self, run, **options):
         """Train; returns None if the power was cut."""
         with self._patch.context() as patch, contextlib.suppress(Killed):
-            patch.setattr(trainer, "CheckpointManager", functools.partial(CheckpointManager, disk=self.disk))
+            patch.setattr(
+                recording, "CheckpointManager", functools.partial(CheckpointManager, disk=self.disk)
+            )
             return run(self.root / "run", **options)[0]
 
 

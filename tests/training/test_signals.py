@@ -128,7 +128,7 @@ def test_stop_while_loading_keeps_a_resumed_run(run, data, tmp_path):
 def test_stop_after_loading_the_model_skips_the_data(data, tmp_path, monkeypatch, number):
     loaded, events = [], []
 
-    def load(config: TrainConfig) -> ToyEngine:
+    def load(config: TrainConfig, **_: object) -> ToyEngine:
         signal.raise_signal(number)  # native code runs here: an exception through it may end the process
         loaded.append(ToyEngine())
         return loaded[0]

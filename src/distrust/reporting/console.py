@@ -157,6 +157,9 @@ class ConsoleReporter:
         self._print(
             f"training {event.trained:,} of {event.parameters:,} parameters with {engine}, into {event.out}"
         )
+        if event.ranks:
+            machines = pluralize(len(set(event.ranks)), "machine")
+            self._print(f"{pluralize(len(event.ranks), 'rank')} on {machines}")
         for note in event.notes:
             self._print(note)
         if event.max_steps < 2 * event.warmup_steps:  # the learning rate hardly reaches its peak

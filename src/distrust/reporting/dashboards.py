@@ -55,6 +55,15 @@ def create_observers(config: TrainConfig) -> list[Observer]:
     return observers
 
 
+@contextlib.contextmanager
+def default_observers(config: TrainConfig) -> Iterator[tuple[Observer, ...]]:
+    """Context manager of the observers of ``distrust train``: progress on the console, and the others."""
+    from distrust.reporting.console import ConsoleReporter  # rich is slow to load
+
+    with ConsoleReporter(log_every=config.log_every) as console:
+        yield (console, *create_observers(config))
+
+
 class Dispensable:
     """Wraps an observer that a run can do without: when it fails, the run warns and stops calling it."""
 

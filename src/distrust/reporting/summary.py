@@ -238,6 +238,7 @@ def environment(run: RunData) -> list[Fact]:
     values: dict[str, Any] = {
         **{name: info[name] for name in ("host", "created") if name in info},
         **record.environment,
+        **({"ranks": record.ranks} if record.ranks > 1 else {}),
         **{f"corpus: {name}": value for name, value in record.corpus.items()},
         **{f"fingerprint of the {name}": value for name, value in record.fingerprints.items()},
     }

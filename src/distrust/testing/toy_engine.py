@@ -6,12 +6,12 @@ token, with dropout. It is as deterministic as the torch engine, and a thousand 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from distrust.contract import DeviceMemory, EngineState, LossSums
+from distrust.contract import DeviceMemory, EngineState, Losses, LossSums, accumulate_alone
 from distrust.data import IGNORED, MicroBatch
 from distrust.errors import ResumeRefused
 
@@ -52,6 +52,8 @@ class ToyEngine:
     framework: Literal["numpy", "torch"] = "numpy"
     dtype: Literal["float32", "bfloat16"] = "float32"
     context_length: int | None = None
+    world_size = 1
+    peers = None
     adapted: tuple[str, ...] = ()
 
     def __init__(
@@ -92,6 +94,11 @@ class ToyEngine:
     @property
     def prepare(self) -> Callable[[MicroBatch], MicroBatch]:
         return lambda batch: batch
+
+    def accumulate(
+        self, batches: Sequence[MicroBatch], *, seed: int, step: int, tokens: int
+    ) -> Sequence[Losses]:
+        return accumulate_alone(self, batches, seed=seed, step=step, tokens=tokens)
 
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
         if micro_step == 0:
@@ -145,6 +152,15 @@ class ToyEngine:
         self._first[:], self._second[:] = state.optimizer["moments"]
         self._updates = state.optimizer["updates"]
         self._rng.bit_generator.state = state.rng
+
+    def checksum(self) -> int:
+        return sum(int(array.view(np.int32).sum()) for array in (self._table, self._first, self._second))
+
+    def device_for(self, nbytes: int) -> None:
+        pass
+
+    def release_memory(self) -> None:
+        pass
 
     def device_memory(self) -> DeviceMemory | None:
         return None

@@ -126,7 +126,7 @@ def read_sources(
         raise ConfigError(f"--data {EXAMPLES}: the run was trained on a program's examples; pass them again")
     if config.data == EXAMPLES and config.eval_split and config.eval_data is None and eval_examples is None:
         raise ConfigError(f"--eval-split {config.eval_split}: a program's examples have no splits")
-    cache = Cache(cache_folder(config.cache_dir))  # also holds temporary copies of streams
+    cache = _cache(config, report)  # also holds temporary copies of streams
     if examples is None:
         sources = _open(config, as_names(config.data), config.split, cache)
     else:
@@ -206,7 +206,7 @@ def read_evaluation(config: TrainConfig, *, report: ReportProgress) -> CheckedDa
     """
     if config.eval_fraction:
         return read_sources(config, report=report).training
-    cache = Cache(cache_folder(config.cache_dir))
+    cache = _cache(config, report)
     evaluation = _evaluation_reader(config, None, cache)
     if evaluation is None:
         raise ConfigError("there is nothing to evaluate on; name it with --data")
@@ -251,6 +251,11 @@ def _open_examples(config: TrainConfig, rows: Examples, name: str, cache: Cache)
     limit = config.max_record_bytes
     columns = columns_of(config)
     return (examples_source(rows, columns, name=name, temp_folder=cache.folder, max_record_bytes=limit),)
+
+
+def _cache(config: TrainConfig, report: ReportProgress) -> Cache:
+    task = "waiting for another process that tokenizes the same data"
+    return Cache(cache_folder(config.cache_dir), on_wait=lambda times: report(task, times, 0))
 
 
 def _check(reader: RecordReader, cache: Cache, report: ReportProgress) -> CheckedData:

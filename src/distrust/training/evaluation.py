@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from distrust.config import TrainConfig
 from distrust.contract import Engine, Losses
 from distrust.data import NO_CLASS, Corpus, MicroBatch, digest_tokenizer, evaluation_batches, split_off
 from distrust.errors import DataError
+from distrust.ranks import SINGLE, Ranks
 from distrust.training.data_sources import (
     CheckedData,
     limits_of,
@@ -39,25 +41,32 @@ class EvaluationSet:
         zeros = np.zeros(len(self.corpus))
         return tuple(self._metrics(zeros, zeros))
 
-    def measure(self, evaluate: Callable[[MicroBatch], Losses], *, batch_size: int) -> dict[str, float]:
+    def measure(
+        self, evaluate: Callable[[MicroBatch], Losses], batch_size: int, *, ranks: Ranks = SINGLE
+    ) -> dict[str, float]:
         """Evaluate every example once.
 
         Args:
             evaluate: the losses of a batch.
             batch_size: examples per batch.
+            ranks: the processes that share the work; each returns the same numbers as one process.
 
         Returns:
             ``eval_loss`` in nats per token and ``eval_perplexity``; if examples are weighted, also
             ``eval_weighted_loss`` and ``eval_weighted_perplexity``; if there are several source classes, also
             ``eval_loss/CLASS`` and ``eval_perplexity/CLASS`` of the largest ones.
         """
-        batches = evaluation_batches(self.corpus, batch_size=batch_size)
+        batches = iter(evaluation_batches(self.corpus, batch_size=batch_size))
         cross_entropy, weighted = np.zeros(len(self.corpus)), np.zeros(len(self.corpus))
-        for batch in batches:
-            losses = evaluate(batch)
-            # An example may be several sequences.
-            np.add.at(cross_entropy, batch.examples, losses.cross_entropy)
-            np.add.at(weighted, batch.examples, losses.weighted)
+        while turn := list(islice(batches, ranks.count)):  # a batch for each rank
+            # A sharded model needs passes on all ranks: the last batch may be repeated.
+            losses = evaluate(turn[min(ranks.index, len(turn) - 1)])
+            rows = np.zeros((2, max(len(batch.examples) for batch in turn)))
+            rows[:, : len(losses.weighted)] = losses.cross_entropy, losses.weighted
+            for batch, sums in zip(turn, ranks.gather(rows), strict=False):
+                # An example may be several sequences.
+                np.add.at(cross_entropy, batch.examples, sums[0, : len(batch.examples)])
+                np.add.at(weighted, batch.examples, sums[1, : len(batch.examples)])
         return self._metrics(cross_entropy, weighted)
 
     def _metrics(

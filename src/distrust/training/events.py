@@ -68,6 +68,7 @@ class RunStarted(_Printed):
     sequences: int  # of the examples: more than one each where the chat template rewrites earlier turns
     #: A line each: columns that are used and ignored, why weighting is off, modules that get an adapter.
     notes: tuple[str, ...] = ()
+    ranks: tuple[str, ...] = field(default=(), repr=False)  # the machine of each; empty for one process
 
     @property
     def is_weighted(self) -> bool:

@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointManager
-from distrust.config import flag
 from distrust.data import MicroBatch
 from distrust.errors import CorruptCheckpoint, ErrorTranslator, NonFiniteLoss, OutOfMemory, warn
+from distrust.ranks import Ranks, gather_json, of_leader
 from distrust.run_record import RunRecord
 from distrust.training import resume, resume_point
+from distrust.training.agreement import Requests, require_equal_weights
 from distrust.training.events import Broadcaster, Evaluated, MemoryReset, Reason
-from distrust.training.memory_guard import GIB, LIMITS, MemoryGuard
+from distrust.training.memory_guard import MemoryGuard
 from distrust.training.prepare_data import PreparedData
 from distrust.training.process import StopRequest
 from distrust.training.progress import Progress
+from distrust.training.recording import record_state
 from distrust.training.saver import Saver
 from distrust.training.step import EngineHolder, StepRunner, prefetch
 
@@ -39,6 +41,7 @@ class TrainingLoop:
     saver: Saver
     events: Broadcaster
     stop: StopRequest
+    ranks: Ranks
 
     def __post_init__(self) -> None:
         self._config = self.data.config
@@ -53,10 +56,12 @@ class TrainingLoop:
         Returns why the run is complete; None if it is not.
         """
         first_step = self.progress.step + 1
+        require_equal_weights(self.ranks, self.engines.current, step=self.progress.step)
         if not self.stop_reason():
-            self._check_memory_limit(before_first_step=True)
+            self._check_memory_limit(self._agree(), before_first_step=True)
         if first_step == 1 and self._config.eval_at_start:
             self._evaluate()
+        requests = self._agree()
 
         prepare = self.engines.current.prepare
 
@@ -64,7 +69,7 @@ class TrainingLoop:
             return [prepare(batch) for batch in self.data.batches.step(step)]
 
         with closing(prefetch(batches_of, first=first_step, last=self.data.max_steps)) as steps:
-            while self._should_continue():
+            while not self._should_end(requests):
                 with self._name_durable:
                     step, batches = next(steps)
                     ended = self._steps.run(step, batches)
@@ -73,20 +78,34 @@ class TrainingLoop:
                 if step == first_step and self._config.save_every:
                     # The first update has created the moments: allocate the snapshot buffer of all saves.
                     device = resume_point.load_device(self._config, self.engines.current, 0)
-                    self.manager.reserve(self._checkpoint().nbytes, device=device)
+                    self.saver.reserve(self._checkpoint, device=device)
                 is_best = self._evaluation_is_due() and self._evaluate()
                 if self._save_is_due(is_best=is_best):
-                    self.saver.start(self._finite_checkpoint, final=False)  # in the background
+                    self._save(final=False)  # in the background
                 self.saver.poll()
-                self._check_memory()
+                requests = self._agree()
+                if not self._should_end(requests):
+                    requests = self._check_memory(requests)
 
         reason = self.stop_reason()
         self._save_unsaved(final=reason is not None)
         return reason
 
-    def _should_continue(self) -> bool:
-        """Whether to make another step."""
-        return not (self.stop_reason() or self.stop.is_set or self.events.error)
+    def _agree(self) -> Requests:
+        """What any rank asks for, once per step."""
+        requests = Requests(
+            signal=self.stop.signal or 0,
+            stop=self.stop.asked,
+            failed=self.events.error is not None,
+            reset=self._memory.reset_due(self.progress.step),
+            excess=self._memory.find_excess() is not None,
+        ).agree(self.ranks)
+        self.stop.merge(requests.signal, asked=requests.stop)
+        return requests
+
+    def _should_end(self, requests: Requests) -> bool:
+        """Whether not to make another step."""
+        return self.stop_reason() is not None or requests.to_stop
 
     def stop_reason(self) -> Reason | None:
         """Why the run is complete, or None: a function of its state alone, so a resume decides the same."""
@@ -104,24 +123,25 @@ class TrainingLoop:
         # The best state so far is saved at once: it may remain the best.
         return self.progress.step % self._config.save_every == 0 or (is_best and self._config.keep_best > 0)
 
-    def _check_memory(self) -> None:
+    def _check_memory(self, requests: Requests) -> Requests:
         """Reset the memory if it is due, and stop before a step that would not fit."""
-        if not self._should_continue():
-            return
-        if self._memory.reset_due(self.progress.step) and self._save_and_verify():
-            if not self._should_continue():
-                return  # asked to stop during the save: no need to reload
-            with self._name_durable:
-                self._reset_memory()
-        self._check_memory_limit()
-
-    def _save_and_verify(self) -> bool:
-        """Save this step and read it back: after the reset, the file is the only copy of the state."""
-        step = self.progress.step
-        self.saver.wait()
-        if not self.saver.is_durable(step):
-            self.saver.start(self._finite_checkpoint, final=False)
+        if requests.reset:
+            self._save(final=False)
             self.saver.wait()  # a failure only warns: the run continues without a reset
+            is_intact = of_leader(self.ranks, self._is_intact)
+            requests = self._agree()
+            if requests.to_stop:
+                return requests  # asked to stop during the save: no need to reload
+            if is_intact:
+                with self._name_durable:
+                    self._reset_memory()
+                requests = self._agree()
+        self._check_memory_limit(requests)
+        return requests
+
+    def _is_intact(self) -> bool:
+        """Whether this step can be read back: after a reset, the file is the only copy of the state."""
+        step = self.progress.step
         try:
             if self.saver.is_durable(step):
                 self.manager.validate(step)
@@ -134,42 +154,41 @@ class TrainingLoop:
         """Drop model, optimizer and caches, and rebuild them from the base model and the checkpoint."""
         start, previous = time.perf_counter(), self._memory.use
         engine = self.engines.rebuild(self._config)  # from here on the checkpoint is the only copy
-        file = self.manager.inspect(self.progress.step)
-        device = resume_point.load_device(self._config, engine, file.bytes)
-        checkpoint = self.manager.load(self.progress.step, framework=engine.framework, device=device)
-        record = RunRecord.from_checkpoint(checkpoint)
-        resume.restore(checkpoint, record, engine=engine, data=self.data, progress=self.progress)
-        del checkpoint  # its memory is no step's
+        state = resume_point.load_step(self._config, self.manager, engine, self.ranks, self.progress.step)
+        record = RunRecord.from_checkpoint(state)
+        resume.restore(state, record, engine=engine, data=self.data, progress=self.progress)
+        del state  # its memory is no step's
         self._memory.restart(engine)  # loading is no step: its peak says nothing about the next
         seconds = time.perf_counter() - start
         self.events.emit(MemoryReset(self.progress.step, previous, self._memory.use, seconds))
 
-    def _check_memory_limit(self, *, before_first_step: bool = False) -> None:
+    def _check_memory_limit(self, requests: Requests, *, before_first_step: bool = False) -> None:
         """Save, then stop, before a step that would exceed ``max_memory`` or ``max_device_memory``."""
-        if (forecast := self._memory.find_excess()) is None:
+        if not requests.excess:
             return
         self._save_unsaved(final=False)  # before raising, so that nothing is lost
-        advice = (
-            "Raise the limit, or add --reload-above or --gradient-checkpointing, and the same command "
-            "resumes; a new run may use a smaller --batch-size"
-        )
-        if before_first_step and forecast.now > forecast.limit * GIB:
-            advice = "It is exceeded before any step: raise the limit, or use a smaller --model"
-        raise OutOfMemory(
-            f"{flag(LIMITS[forecast.side])} {forecast.limit:g}: at step {self.progress.step} the run uses "
-            f"{forecast.now / GIB:.2f} GiB of {forecast.side}, and the next step may use "
-            f"{forecast.next_step / GIB:.2f}; {self.saver.describe_durable()}. {advice}"
-        )
+        forecast = self._memory.find_excess()
+        described = forecast and forecast.describe_excess(self.progress.step, is_first=before_first_step)
+        descriptions = enumerate(gather_json(self.ranks, described))
+        index, (problem, advice) = next(each for each in descriptions if each[1])
+        where = f"{self.ranks.describe(index)}: " if self.ranks.count > 1 else ""
+        raise OutOfMemory(f"{where}{problem}; {self.saver.describe_durable()}. {advice}")
 
     def _with_durable(self, error: OutOfMemory) -> OutOfMemory:
         return OutOfMemory(f"after step {self.progress.step}: {error}; {self.saver.describe_durable()}")
 
     def _save_unsaved(self, *, final: bool) -> None:
         """Make the current state durable: as the final checkpoint, or to resume from."""
-        self.saver.wait()
-        if self.progress.step > 0 and not self.saver.is_durable(self.progress.step, final=final):
-            self.saver.start(self._finite_checkpoint, final=final)
+        if self.progress.step > 0:
+            self._save(final=final)
         self.saver.wait(strict=True)  # no later save could make up for a failure
+
+    def _save(self, *, final: bool) -> None:
+        """Start to save the current state, unless it is durable."""
+        require_equal_weights(self.ranks, self.engines.current, step=self.progress.step)
+        self.saver.wait()
+        if not self.saver.is_durable(self.progress.step, final=final):
+            self.saver.start(self._finite_checkpoint, final=final)
 
     def _evaluate(self) -> bool:
         """Evaluate; returns whether it was the best evaluation so far."""
@@ -178,7 +197,7 @@ class TrainingLoop:
             return False
         engine = self.engines.current
         with self._name_durable:
-            metrics = evaluation.measure(engine.evaluate, batch_size=self._config.batch_size)
+            metrics = evaluation.measure(engine.evaluate, self._config.batch_size, ranks=self.ranks)
         progress.metrics.update(metrics)  # saved with the checkpoint of this step
         progress.evaluations = progress.evaluations.update(progress.metrics, step=progress.step)
         self.events.emit(Evaluated(progress.step, metrics))
@@ -199,28 +218,4 @@ class TrainingLoop:
 
     def _checkpoint(self) -> Checkpoint:
         """The whole state of the run; arrays are those of the engine."""
-        data, progress, engine = self.data, self.progress, self.engines.current
-        state = engine.state()
-        record = RunRecord(
-            config=self._config.with_effect("result"),
-            settings={**self._config.with_effect("free"), **self._config.with_effect("bits")},
-            fingerprints=resume.fingerprints(data, engine)  # a resume on other data is refused
-            | ({"from": progress.started_from} if progress.started_from else {}),
-            tokens_seen=progress.tokens_seen,
-            corpus={"examples": len(data.corpus), "tokens": int(data.corpus.loss_tokens.sum())},
-            environment=engine.environment(),  # a resume warns of differences
-            elapsed_seconds=progress.elapsed_seconds,
-            evaluations=asdict(progress.evaluations),  # a resume stops early at the same step
-            continues=progress.continues,
-            model_is_folder=self._model_is_folder,
-        )
-        return Checkpoint(
-            step=progress.step,
-            model=state.model,  # the engine's own arrays: the saver copies them before the next update
-            optimizer=state.optimizer,
-            rng=state.rng,
-            history=progress.history_arrays(),
-            metrics=progress.metrics,
-            measured_on=data.measured_on,
-            **record.sections(),
-        )
+        return record_state(self.data, self.progress, self.engines.current, self._model_is_folder)

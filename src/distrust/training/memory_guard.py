@@ -14,7 +14,7 @@ from collections import deque
 from itertools import pairwise
 
 from distrust.checkpoint.memory import available_bytes, peak_resident_bytes, resident_bytes
-from distrust.config import TrainConfig
+from distrust.config import TrainConfig, flag
 from distrust.config_text import RUN_CONFIG, from_toml
 from distrust.contract import Engine
 from distrust.errors import ConfigError, warn
@@ -66,6 +66,19 @@ class Forecast:
         # The smallest growth: a cache that grew once, or in some steps only, is no trend.
         steady = max(0, min(growth)) if len(growth) == GROWING_STEPS else 0
         return self.now + self._transient + steady
+
+    def describe_excess(self, step: int, *, is_first: bool) -> tuple[str, str]:
+        """The problem of a next step that would exceed the limit, and advice; ``is_first``: none was made."""
+        problem = (
+            f"{flag(LIMITS[self.side])} {self.limit:g}: at step {step} the run uses {self.now / GIB:.2f} GiB "
+            f"of {self.side}, and the next step may use {self.next_step / GIB:.2f}"
+        )
+        if is_first and self.now > self.limit * GIB:
+            return problem, "It is exceeded before any step: raise the limit, or use a smaller --model"
+        return problem, (
+            "Raise the limit, or add --reload-above or --gradient-checkpointing, and the same command "
+            "resumes; a new run may use a smaller --batch-size"
+        )
 
 
 class MemoryGuard:
@@ -164,7 +177,7 @@ def require_limited_device(config: TrainConfig, engine: Engine) -> None:
 
 def _measure(engine: Engine, *, is_loaded: bool = False) -> MemoryUse:
     if is_loaded and engine.device_memory() is not None:  # the cache of the device may hold a checkpoint
-        getattr(engine, "release_memory", lambda: None)()
+        engine.release_memory()
     host = resident_bytes()  # the system's counters may differ by some pages
     return MemoryUse(host, max(host, peak_resident_bytes()), engine.device_memory())
 

@@ -99,6 +99,10 @@ class StopRequest:
             return "signal"
         return "stop" if self.asked else "error"
 
+    def merge(self, signal: int, *, asked: bool) -> None:
+        """Add what another process of the run was asked."""
+        self.signal, self.asked = self.signal or signal or None, self.asked or asked
+
     def set(self) -> None:
         """Ask to stop without a signal; from any thread."""
         self.asked = True
@@ -106,7 +110,7 @@ class StopRequest:
     def _record(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is not None:
             raise KeyboardInterrupt
-        if number == signal.SIGINT:
+        if number == signal.SIGINT and os.environ.get("RANK", "0") == "0":  # all ranks get it
             # os.write, not a stream: the signal may interrupt a write to that stream. It fails if Ctrl-C also
             # ended the `tee` that reads stderr; an error raised here would end the run unsaved.
             with contextlib.suppress(OSError):

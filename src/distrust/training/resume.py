@@ -35,6 +35,10 @@ BEFORE_THE_OPTION = {"clipping": "plain", "weighting": "monotone", "dtype": "flo
 SETTLED = {"weighting": ("monotone", "off"), "dtype": ("float32", "bfloat16")}
 
 
+#: What holds of an environment that does not record otherwise.
+EXACT_SUMS = {"reduction": "exact", "shard": "none", "ranks": "any number"}
+
+
 @dataclass(frozen=True, slots=True)
 class Start:
     """Trained weights of another run or program."""
@@ -210,6 +214,8 @@ def _environment_differences(
             "the step number are kept; random generator states are not, because each step seeds its own"
             + ("; the engines quantize the base differently" if quantized else "")
         ]
+    if recorded:  # sums of several ranks that are those of one process are not recorded
+        current, recorded = {**EXACT_SUMS, **current}, {**EXACT_SUMS, **recorded}
     return [
         f"{name} was {as_text(recorded[name])}, is {as_text(value)}"
         for name, value in current.items()

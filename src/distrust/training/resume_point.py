@@ -6,6 +6,7 @@ import contextlib
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan, foreign
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, list_names
@@ -13,10 +14,12 @@ from distrust.checkpoint.foreign import require_converted
 from distrust.config import EXAMPLES, TrainConfig, as_names
 from distrust.config_text import RUN_CONFIG, from_toml
 from distrust.contract import Engine
-from distrust.errors import ConfigError, CorruptCheckpoint, quote_untrusted
+from distrust.errors import ConfigError, CorruptCheckpoint, RanksDiffer, quote_untrusted
+from distrust.ranks import Ranks, gather_json
 from distrust.run_record import RunRecord
 from distrust.training import imported
 from distrust.training.events import Reason
+from distrust.training.handover import load_on_all
 from distrust.training.memory_guard import GIB
 from distrust.training.progress import BestTracker
 
@@ -123,28 +126,71 @@ def require_not_made(config: TrainConfig, max_steps: int | None, *, step: int) -
 
 
 def load_device(config: TrainConfig, engine: Engine, nbytes: int) -> str | None:
-    """The device that a state of this size is loaded to; None for the host, as of engines that do not say."""
+    """The device that a state of this size is loaded to; None for the host."""
     limit, memory = config.max_device_memory, engine.device_memory()
     if limit is not None and memory is not None and memory.reserved + 2 * nbytes > limit * GIB:
         return None  # twice: the engine will allocate its moments
-    device_for = getattr(engine, "device_for", None)
-    return device_for(nbytes) if device_for else None
+    return engine.device_for(nbytes)
 
 
-def find_resume_point(
-    config: TrainConfig, manager: CheckpointManager, engine: Engine
+def require_newest_on_leader(ranks: Ranks, manager: CheckpointManager) -> None:
+    """Refuse to begin where another machine, with a disk of its own, has gone further than the leader."""
+    if ranks.count == 1:
+        return
+    newest = gather_json(ranks, max(manager.list_checkpoints(), default=0))
+    if (most := max(newest)) > newest[0]:
+        raise RanksDiffer(
+            f"{manager.directory}: {ranks.describe(newest.index(most))} has the checkpoint of step {most}, "
+            f"which the leader, {ranks.describe(0)}, does not see: give all machines one folder, or copy it"
+        )
+
+
+def load_step(
+    config: TrainConfig, manager: CheckpointManager, engine: Engine, ranks: Ranks, step: int
+) -> Checkpoint:
+    """The verified checkpoint of a step, on every rank."""
+
+    def load() -> Checkpoint:
+        return manager.load(step, **_loading(config, engine, ranks, manager.inspect(step).bytes))
+
+    return cast(Checkpoint, load_on_all(ranks, engine, load))
+
+
+def load_resume_point(
+    config: TrainConfig, manager: CheckpointManager, engine: Engine, ranks: Ranks
+) -> tuple[Checkpoint | None, CheckpointFile | None]:
+    """The verified checkpoint that a run resumes from, on every rank, and its file, on the leader."""
+    file: CheckpointFile | None = None
+
+    def load() -> Checkpoint | None:
+        nonlocal file
+        checkpoint, file = _find_resume_point(config, manager, engine, ranks) or (None, None)
+        return checkpoint
+
+    return load_on_all(ranks, engine, load), file
+
+
+def _loading(config: TrainConfig, engine: Engine, ranks: Ranks, nbytes: int) -> dict[str, Any]:
+    """How to load: to other ranks a checkpoint goes through the host, from the file if it is divided."""
+    if ranks.count == 1:
+        return {"framework": engine.framework, "device": load_device(config, engine, nbytes)}
+    return {"framework": engine.framework, "mmap": engine.peers is not None}
+
+
+def _find_resume_point(
+    config: TrainConfig, manager: CheckpointManager, engine: Engine, ranks: Ranks
 ) -> tuple[Checkpoint, CheckpointFile] | None:
     """The verified checkpoint that a run resumes from, and its file; None for a new run.
 
     A branch that has checkpoints of its own resumes from them, so repeating its command continues it. If
     there are checkpoints but none is intact, it raises: a new run would hide the damage.
     """
-    step, scan, framework = config.from_step, manager.scan(), engine.framework
+    step, scan, plain = config.from_step, manager.scan(), {"framework": engine.framework}
     if scan.files or scan.damaged:
         largest = max((file.bytes for file in scan.files), default=0)
-        device = None if scan.foreign else load_device(config, engine, largest)
+        options = plain if scan.foreign else _loading(config, engine, ranks, largest)
         if step is None or config.branch is not None or _already_branched(step, scan):
-            checkpoint = manager.load_latest(framework=framework, device=device)  # falls back if damaged
+            checkpoint = manager.load_latest(**options)  # falls back if damaged
         else:
             steps = manager.list_checkpoints()
             if step in steps and step != steps[-1]:
@@ -152,14 +198,14 @@ def find_resume_point(
                     f"--from-step {step}: {config.out} already continues to step {steps[-1]}, and a folder "
                     "holds only one timeline; add --branch NEW_FOLDER"
                 )
-            checkpoint = manager.load(step, framework=framework, device=device)
+            checkpoint = manager.load(step, **options)
         return checkpoint, manager.inspect(checkpoint.step)
     if step is None:
         return None
     source = CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY)  # a new branch; only read from
     file = source.inspect(step)
-    device = None if file.is_foreign else load_device(config, engine, file.bytes)
-    return source.load(step, framework=framework, device=device), file
+    options = plain if file.is_foreign else _loading(config, engine, ranks, file.bytes)
+    return source.load(step, **options), file
 
 
 def _already_branched(step: int, scan: Scan) -> bool:

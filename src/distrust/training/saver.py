@@ -34,6 +34,10 @@ class Saver:
         """Path of the newest durable checkpoint."""
         return None if self.last_durable is None else self._path(*self.last_durable)
 
+    def reserve(self, make: Callable[[], Checkpoint], *, device: str | None) -> None:
+        """Allocate the snapshot buffer of all saves, for checkpoints like this one."""
+        self._manager.reserve(make().nbytes, device=device)
+
     def start(self, make: Callable[[], Checkpoint], *, final: bool) -> None:
         """Start saving a checkpoint, after the pending save.
 
@@ -121,3 +125,17 @@ class Saver:
             stall = time.perf_counter() - start
             self._pending_stall += stall
             self.stall_seconds += stall
+
+
+class FollowerSaver(Saver):
+    """The saver of a rank that does not lead: the leader saves for all, and nobody waits for it."""
+
+    def reserve(self, make: Callable[[], Checkpoint], *, device: str | None) -> None:
+        """Nothing: no save follows."""
+
+    def start(self, make: Callable[[], Checkpoint], *, final: bool) -> None:
+        """Nothing."""
+
+    def describe_durable(self) -> str:
+        """Only the leader knows the step."""
+        return "the same command resumes from the newest checkpoint, if there is one"

@@ -84,10 +84,7 @@ class StepRunner:
         start, engine = time.perf_counter(), self.engines.current
         self.engines.mark_trained()  # first: even an interrupted step may change the engine
         tokens = sum(batch.tokens for batch in batches)  # the mean is over the step, not the micro-batch
-        losses: list[Losses] = []
-        for micro_step, batch in enumerate(batches):
-            engine.begin_micro_step(seed=self._config.seed, step=step, micro_step=micro_step)
-            losses.append(engine.micro_step(batch, tokens=tokens))
+        losses = engine.accumulate(batches, seed=self._config.seed, step=step, tokens=tokens)
         norm = engine.clip_gradients(self._max_norm(batches, tokens))
         self._require_finite(step, batches, losses, norm)
         rate = self.data.learning_rate(step)
