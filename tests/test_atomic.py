@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from distrust.atomic import atomic_directory, atomic_file
+from distrust import atomic
+from distrust.atomic import atomic_directory, atomic_file, hold_lock
 from distrust.checkpoint.disk import Disk
 
 
@@ -51,3 +53,19 @@ def test_the_names_of_new_parent_folders_are_synced(tmp_path):
         ("rename", target),
         *(("sync_directory", parent) for parent in folders),
     ]
+
+
+def test_a_lock_has_one_holder_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "POLL_SECONDS", 0)
+    holders = []
+
+    def hold(number):
+        for _ in range(20):
+            with hold_lock(tmp_path / "lock", flags=os.O_RDWR | os.O_CREAT, on_wait=lambda _: None):
+                holders.append(number)
+                assert holders == [number]
+                os.sched_yield()
+                holders.remove(number)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(hold, range(4))) == [None] * 4

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,6 +27,7 @@ from distrust.paths import refuse_links
 
 # O_NONBLOCK: opening a pipe of that name must not wait for a writer.
 _OWN_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+POLL_SECONDS = 0.1
 
 
 def require_writable(path: Path, *, force: bool, inputs: Iterable[str] = ()) -> None:
@@ -177,11 +180,22 @@ def _create_locked(target: Path) -> tuple[Path, BinaryIO]:
 
 
 @contextlib.contextmanager
-def hold_lock(path: Path) -> Iterator[None]:
-    """Lock a file or folder; raises OSError if its writer is alive."""
-    descriptor = os.open(path, _OWN_FILE)
+def hold_lock(path: Path, *, flags: int = 0, on_wait: Callable[[int], None] | None = None) -> Iterator[None]:
+    """Lock a file or folder, opened with these flags; raises OSError if its writer is alive.
+
+    ``on_wait`` waits for it instead: it is called several times a second, with 0, 1, …, and may raise.
+    """
+    descriptor = os.open(path, _OWN_FILE | flags, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for turn in itertools.count():
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if on_wait is None:
+                    raise
+                on_wait(turn)
+                time.sleep(POLL_SECONDS)  # no signal handler could end a blocking flock
         yield
     finally:
         os.close(descriptor)

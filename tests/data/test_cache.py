@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import stat
 import sys
-import time
 import tracemalloc
 from dataclasses import replace
 from datetime import date
@@ -20,6 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from distrust import DistrustWarning
+from distrust.atomic import hold_lock
 from distrust.data import (
     Cache,
     Columns,
@@ -103,6 +106,11 @@ def load_or_build(cache, reader, *, key=KEY, tokenizer=TOKENIZER):
 
 def entry(cache):
     return cache.folder / "tokens-4" / KEY
+
+
+def names(cache):
+    """What there is besides lock files, which stay."""
+    return sorted(path.name for path in entry(cache).parent.iterdir() if path.suffix != ".lock")
 
 
 def test_an_entry_is_built_once_and_equals_the_corpus_in_memory(data, cache):
@@ -195,7 +203,7 @@ def test_a_damaged_entry_is_rebuilt(data, cache, file, damage):
     assert built
     assert corpus.fingerprint == original.fingerprint
     assert load_or_build(cache, reader)[1] is False
-    assert [path.name for path in entry(cache).parent.iterdir()] == [KEY]
+    assert names(cache) == [KEY]
 
 
 def test_a_deleted_entry_is_rebuilt_and_mapped_arrays_stay_valid(data, cache):
@@ -216,44 +224,112 @@ import os, signal, sys
 sys.path[:0] = sys.argv[3].split(os.pathsep)
 from pathlib import Path
 from test_cache import TOKENIZER, Cache, load_or_build, reader_of
-reader = reader_of(sys.argv[1])
-if sys.argv[4] == "die":
-    from distrust.data import cache
-    write, count = cache._append, [0]
-    def append(*arguments):
-        write(*arguments)
-        count[0] += 1
-        if count[0] == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
-    cache._append = append
-print(load_or_build(Cache(Path(sys.argv[2])), reader)[0].fingerprint)
+from distrust.data import cache
+write, files = cache._append, set()
+def append(file, array):
+    write(file, array)
+    if not files and sys.argv[4] == "pause":
+        print("building", flush=True)
+        sys.stdin.readline()
+    files.add(file.name)
+    if len(files) == 6 and sys.argv[4] == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+cache._append = append
+waits = iter(["waiting"])
+cache = Cache(Path(sys.argv[2]), on_wait=lambda _: print(*waits, end=" ", flush=True))
+corpus, built = load_or_build(cache, reader_of(sys.argv[1]))
+print(built, corpus.fingerprint)
 """
 
 
-def test_the_leftovers_of_a_killed_process_are_not_used(data, cache, run_python, forked_python):
-    path = os.pathsep.join(sys.path)
-    killed = run_python(CHILD, data, cache.folder, path, "die", python=forked_python)
+@pytest.fixture
+def start_child(data, cache, start_python, forked_python):
+    def start(how):
+        path = os.pathsep.join(sys.path)
+        return start_python(CHILD, data, cache.folder, path, how, python=forked_python)
+
+    return start
+
+
+def test_the_leftovers_of_a_killed_process_are_not_used(data, cache, start_child):
+    killed = start_child("die")
+    killed.communicate(timeout=60)
     assert killed.returncode == -signal.SIGKILL
-    (leftover,) = entry(cache).parent.iterdir()
-    assert leftover.name.startswith("unfinished-")
+    assert [name[:12] for name in names(cache)] == ["unfinished-a"]
     _, built = load_or_build(cache, reader_of(data))
     assert built
-    assert leftover.exists()  # a recent one may belong to a living process
-    os.utime(leftover, (time.time() - 3600,) * 2)
-    load_or_build(cache, reader_of(data), key="b" * 64)
-    assert sorted(path.name[0] for path in entry(cache).parent.iterdir()) == ["a", "b"]
+    assert names(cache) == [KEY]
 
 
-def test_two_processes_can_build_the_same_entry(data, cache, start_python, forked_python):
-    path = os.pathsep.join(sys.path)
-    arguments = (data, cache.folder, path, "live")
-    children = [start_python(CHILD, *arguments, python=forked_python) for _ in range(2)]
-    outputs = [child.communicate(timeout=60) for child in children]
-    assert [child.returncode for child in children] == [0, 0], outputs
-    corpus, built = load_or_build(cache, reader_of(data))
-    assert not built
-    assert {out.strip() for out, _ in outputs} == {corpus.fingerprint}
-    assert [path.name for path in entry(cache).parent.iterdir()] == [KEY]
+def test_the_next_builder_of_any_entry_removes_what_killed_ones_left(data, cache):
+    odd, living = ["unfinished-", "unfinished--"], f"unfinished-{'d' * 64}-1a2b3c4d"
+    killed = [f"unfinished-{'c' * 64}-1a2b3c4d", "unfinished-1a2b3c4d"]  # one of an earlier version
+    for name in (*killed, *odd, living):
+        (entry(cache).parent / name).mkdir(parents=True)
+    with hold_lock(entry(cache).parent / f"{'d' * 64}.lock", flags=os.O_RDWR | os.O_CREAT):
+        load_or_build(cache, reader_of(data))
+    assert names(cache) == [KEY, *odd, living]
+
+
+@pytest.mark.parametrize("end", ["finishes", "is killed"])
+def test_one_process_builds_an_entry_while_another_waits(data, cache, start_child, end):
+    builder = start_child("pause")
+    assert builder.stdout.readline() == "building\n"
+    waiting = start_child("wait")
+    assert waiting.stdout.read(8) == "waiting "
+    if end == "is killed":
+        builder.kill()
+    else:
+        builder.stdin.write("\n")
+        builder.stdin.flush()
+        built, _ = builder.communicate(timeout=60)[0].split()
+        assert built == "True"
+    built, fingerprint = waiting.communicate(timeout=60)[0].split()
+    assert built == str(end == "is killed")
+    corpus, built_again = load_or_build(cache, reader_of(data))
+    assert not built_again
+    assert corpus.fingerprint == fingerprint
+    assert names(cache) == [KEY]
+
+
+def test_a_stop_ends_the_wait(data, cache):
+    class StopError(Exception):
+        pass
+
+    def stop(times):
+        if times == 2:
+            raise StopError
+
+    load_or_build(cache, reader_of(data))
+    shutil.rmtree(entry(cache))
+    with hold_lock(entry(cache).with_suffix(".lock"), flags=os.O_RDWR), pytest.raises(StopError):
+        load_or_build(Cache(cache.folder, on_wait=stop), reader_of(data))
+    assert names(cache) == []
+
+
+def test_without_locks_each_process_builds(data, cache, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert load_or_build(cache, reader_of(data))[1]
+    assert not load_or_build(cache, reader_of(data))[1]
+
+
+def test_an_entry_that_another_process_published_stays(data, cache, monkeypatch):
+    """As it may happen on a network file system: that process has mapped it."""
+    reader = reader_of(data)
+    publish = cache_module._publish
+
+    def publish_second(folder, target):
+        shutil.copytree(folder, target)
+        inode = target.stat().st_ino
+        publish(folder, target)
+        assert target.stat().st_ino == inode
+
+    monkeypatch.setattr(cache_module, "_publish", publish_second)
+    assert load_or_build(cache, reader)[1]
+    assert not load_or_build(cache, reader)[1]
 
 
 def test_without_a_writable_folder_nothing_is_cached(data, tmp_path):
@@ -279,7 +355,7 @@ def test_a_full_disk_is_reported_and_leaves_no_files(data, cache, monkeypatch):
     monkeypatch.setattr(cache_module, "_append", full)
     with pytest.raises(ConfigError, match="cannot write the tokens: No space left on device; give another"):
         load_or_build(cache, reader_of(data))
-    assert list(entry(cache).parent.iterdir()) == []
+    assert names(cache) == []
 
 
 def test_a_tokenizer_without_a_digest_is_not_cached(data, cache):

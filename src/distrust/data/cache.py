@@ -2,8 +2,9 @@
 
 An entry is named by a digest of everything that determines its content, so it is never stale, and deleting it
 only costs time. It is written under a temporary name, synced and renamed: the leftovers of a killed process
-are never read, and two processes may build the same entry. Entries are not trusted: each start reads the
-arrays once and compares their fingerprint with the recorded one. A damaged entry is rebuilt, with a warning.
+are never read. One process builds it, and others wait, such as the ranks of a run; without locks on that file
+system, each builds it. Entries are not trusted: each process reads the arrays once and compares their
+fingerprint with the recorded one. A damaged entry is rebuilt, with a warning.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import json
 import os
 import shutil
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -68,7 +69,6 @@ _SIDE_FILES = ("loss_tokens", "part", "line", "class_of")
 
 _REMEDY = "give another folder with --cache-dir"
 _MAX_SEALED_BYTES = 64 << 20  # a description names at most the classes and sources
-_SWEEP_AFTER_SECONDS = 60  # a younger folder may belong to a process that has not locked it yet
 
 
 class _DamagedError(Exception):
@@ -88,11 +88,12 @@ def cache_folder(option: str | None) -> Path:
 class Cache:
     """A folder of checked and tokenized data, created on the first write.
 
-    If it cannot be written to, a temporary one is used, with a warning.
+    If it cannot be written to, a temporary one is used, with a warning. While another process builds what is
+    needed, ``on_wait`` is called several times a second, with 0, 1, …; it may raise.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, on_wait: Callable[[int], None] = lambda _: None) -> None:
+        self.folder, self._on_wait = folder, on_wait
 
     def stats(self, key: str) -> DatasetStats | None:
         """The stats of data that was checked without errors before; None if it was not."""
@@ -124,43 +125,67 @@ class Cache:
             ConfigError: it cannot be written, for example because the disk is full.
             DataError: from ``build``, or no record is left to train on.
         """
-        if key is not None:
-            entry = self.folder / _TOKENS / key
-            try:
-                if entry.is_dir():
+        entry = None if key is None else self.folder / _TOKENS / key
+        if entry is not None:
+            with contextlib.suppress(OSError, _DamagedError):
+                return _load(entry, parts)  # without the lock: an entry does not change
+        with _sole_builder(entry, self._on_wait):
+            if entry is not None and os.path.isdir(entry):  # damaged, or built by another process meanwhile
+                try:
                     return _load(entry, parts)
-            except (OSError, _DamagedError) as error:
-                problem = f"{entry}: the cached tokens are damaged ({error}); tokenizing again"
-                warnings.warn(problem, DistrustWarning, stacklevel=2)
-        with _temporary_entry(self.folder / _TOKENS, persistent=key is not None) as (folder, persistent):
-            try:
-                corpus = _map_corpus(folder, _write(folder, build(), parts), parts)
-                if persistent and key is not None:
-                    _publish(folder, self.folder / _TOKENS / key)
-            except OSError as error:
-                problem = f"{folder.parent}: cannot write the tokens: {error.strerror or error}"
-                raise ConfigError(f"{problem}; {_REMEDY}") from error
-            return corpus
+                except (OSError, _DamagedError) as error:
+                    problem = f"{entry}: the cached tokens are damaged ({error}); tokenizing again"
+                    warnings.warn(problem, DistrustWarning, stacklevel=2)
+                    shutil.rmtree(entry, ignore_errors=True)
+            with _temporary_entry(entry) as folder:
+                try:
+                    corpus = _map_corpus(folder, _write(folder, build(), parts), parts)
+                    if entry is not None and folder.parent == entry.parent:
+                        _publish(folder, entry)
+                except OSError as error:
+                    problem = f"{folder.parent}: cannot write the tokens: {error.strerror or error}"
+                    raise ConfigError(f"{problem}; {_REMEDY}") from error
+                return corpus
 
 
 @contextlib.contextmanager
-def _temporary_entry(folder: Path, *, persistent: bool) -> Iterator[tuple[Path, bool]]:
-    """A folder to build an entry in, and whether it can be published. Removed at the end unless renamed."""
-    if persistent:
+def _sole_builder(entry: Path | None, on_wait: Callable[[int], None]) -> Iterator[None]:
+    """Hold the lock of an entry, and remove what killed builders of any entry have left."""
+    with contextlib.ExitStack() as stack:
+        # Where nothing can be written or locked, each process builds for itself.
+        with contextlib.suppress(OSError, WriteFailed):
+            if entry is not None:
+                _create(entry.parent)
+                stack.enter_context(_lock(entry, on_wait))
+                for path in entry.parent.glob(f"{_TEMPORARY}[0-9a-z]*"):
+                    target = entry.with_name(path.name.split("-")[1])
+                    builder = contextlib.nullcontext() if target == entry else _lock(target)
+                    with contextlib.suppress(BlockingIOError), builder:  # it is alive
+                        shutil.rmtree(path, ignore_errors=True)
+        yield
+
+
+def _lock(entry: Path, on_wait: Callable[[int], None] | None = None) -> AbstractContextManager[None]:
+    """Of a file that stays: a new one of the same name would be a second lock."""
+    # NFS locks only what is open for writing.
+    return hold_lock(entry.with_suffix(".lock"), flags=os.O_RDWR | os.O_CREAT, on_wait=on_wait)
+
+
+@contextlib.contextmanager
+def _temporary_entry(entry: Path | None) -> Iterator[Path]:
+    """A folder to build an entry in, beside it if possible. Removed at the end unless renamed."""
+    temporary = None
+    if entry is not None:
         try:
-            _create(folder)
-            _sweep(folder)
-            temporary = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=folder))
+            _create(entry.parent)
+            temporary = Path(tempfile.mkdtemp(prefix=f"{_TEMPORARY}{entry.name}-", dir=entry.parent))
         except (OSError, WriteFailed) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is a link, which is not followed"
-            problem = f"{folder}: cannot be written to ({reason}): data is tokenized at every start"
+            problem = f"{entry.parent}: cannot be written to ({reason}): data is tokenized at every start"
             warnings.warn(f"{problem}; {_REMEDY}", DistrustWarning, stacklevel=4)
-            persistent = False
-    if not persistent:
-        temporary = Path(tempfile.mkdtemp(prefix=f"distrust-{_TEMPORARY}"))
+    temporary = temporary or Path(tempfile.mkdtemp(prefix=f"distrust-{_TEMPORARY}"))
     try:
-        with hold_lock(temporary):  # so that no other process sweeps the folder
-            yield temporary, persistent
+        yield temporary
     finally:
         # Files that are mapped stay readable until they are unmapped.
         shutil.rmtree(temporary, ignore_errors=True)
@@ -169,15 +194,6 @@ def _temporary_entry(folder: Path, *, persistent: bool) -> Iterator[tuple[Path, 
 def _create(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # training data may be confidential
     refuse_links(folder)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove the leftovers of killed processes: a living process holds the lock."""
-    for temporary in folder.glob(f"{_TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - temporary.stat().st_mtime >= _SWEEP_AFTER_SECONDS:
-                with hold_lock(temporary):  # OSError: in use
-                    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(folder: Path, corpora: Iterable[Corpus], parts: Parts) -> dict[str, Any]:
@@ -301,16 +317,9 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _publish(folder: Path, entry: Path) -> None:
-    """Rename a complete entry. An existing one is damaged, or equal and from another process."""
-    try:
+    """Rename a complete entry. An existing one is equal, and stays: another process has mapped it."""
+    with contextlib.suppress(OSError):
         folder.rename(entry)  # commits: from here on the entry can be found
-    except OSError:
-        # A folder cannot replace a non-empty one: move the existing one out of the way first.
-        aside = Path(tempfile.mkdtemp(prefix=_TEMPORARY, dir=entry.parent))
-        with contextlib.suppress(OSError):
-            entry.rename(aside / entry.name)
-            folder.rename(entry)
-        shutil.rmtree(aside, ignore_errors=True)
     Disk().sync_directory(entry.parent)
 
 
