@@ -53,9 +53,12 @@ class _File:
         content = b"".join(_page(page, fate, odd=index == odd, rng=rng) for index, page in enumerate(pages))
         return content[:size]
 
-    def sync(self) -> None:
+    def sync(self, writer: int = 0) -> None:
+        """Make durable what one writer has written; the first one also sets the size."""
+        unsynced = [each for each in self.pending if getattr(each, "writer", 0) != writer]
+        self.pending = [each for each in self.pending if getattr(each, "writer", 0) == writer]
         self.durable = self.content("kept", Random(0))
-        self.pending.clear()
+        self.pending = unsynced
 
     def _history(self) -> tuple[dict[int, list[bytes]], list[int]]:
         """The versions of each page, by its offset, oldest first; and the sizes that the file had."""
@@ -122,8 +125,8 @@ class World:
                 self._change(_Change(None, path, self._nodes[file]))
             case op.Reserve() | op.Write() | op.Truncate():
                 self._file(operation.file).pending.append(operation)
-            case op.Sync(file):
-                self._file(file).sync()
+            case op.Sync(file, writer):
+                self._file(file).sync(writer)
             case op.SyncFailed(file):
                 # The pages count as clean from now on: some were written, and no sync writes the others.
                 dropped = self._file(file)

@@ -29,6 +29,7 @@ class Write(NamedTuple):
     file: int
     offset: int
     content: bytes
+    writer: int = 0  # the machine whose memory holds it until a sync there
 
 
 class Truncate(NamedTuple):
@@ -37,7 +38,8 @@ class Truncate(NamedTuple):
 
 
 class Sync(NamedTuple):
-    file: int  # its content is durable; its name may not be
+    file: int  # what the writer has written is durable; the file's name may not be
+    writer: int = 0
 
 
 class SyncFailed(NamedTuple):
@@ -69,7 +71,7 @@ class Killed(BaseException):
 class RecordingDisk(Disk):
     """The real disk, with a record. Nothing is really synced: the record keeps what a sync guarantees."""
 
-    def __init__(self, record: Callable[[Operation], None]) -> None:
+    def __init__(self, record: Callable[[Operation], None], *, writer: int = 0) -> None:
         self.calls = 0  # how many calls there were
         self.direct_writes = 0  # how many blocks went past the page cache
         self.failed: list[str] = []  # the names of the calls that failed
@@ -77,6 +79,8 @@ class RecordingDisk(Disk):
         #: Gets the name and the number of each call; returns the errno it fails with, or None.
         self.fails: Callable[[str, int], int | None] | None = None
         self._record = record  # called with each operation
+        self.numbers: dict[Path, int] = {}  # of the files that were created; writers of one folder share it
+        self._writer = writer
         self._files: dict[int, int] = {}  # by descriptor, which the system reuses
         self._created = 0
 
@@ -96,8 +100,14 @@ class RecordingDisk(Disk):
     def create(self, path: Path) -> int:
         self._call("create")
         descriptor = super().create(path)
-        self._files[descriptor] = self._new_number()
+        self._files[descriptor] = self.numbers[path] = self._new_number()
         self._record(Create(path, self._files[descriptor]))
+        return descriptor
+
+    def join(self, path: Path) -> int:
+        self._call("join")
+        descriptor = super().join(path)
+        self._files[descriptor] = self.numbers[path]
         return descriptor
 
     def reserve(self, descriptor: int, size: int) -> None:
@@ -110,7 +120,7 @@ class RecordingDisk(Disk):
         self._call("write")
         super().write(descriptor, view, offset)
         self.direct_writes += direct_io.is_enabled(descriptor)
-        self._record(Write(self._files[descriptor], offset, bytes(view)))
+        self._record(Write(self._files[descriptor], offset, bytes(view), self._writer))
 
     def truncate(self, descriptor: int, size: int) -> None:
         self._call("truncate")
@@ -123,7 +133,7 @@ class RecordingDisk(Disk):
         except OSError:
             self._record(SyncFailed(self._files[descriptor]))
             raise
-        self._record(Sync(self._files[descriptor]))
+        self._record(Sync(self._files[descriptor], self._writer))
 
     def close(self, descriptor: int) -> None:
         # Closed first: the system closes even where it reports an error, and so does a dead process.

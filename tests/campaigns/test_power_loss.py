@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+import threading
 from pathlib import Path
 from random import Random
 
@@ -28,7 +29,7 @@ from campaigns.power.recording import (
     Write,
 )
 from distrust import Checkpoint, CheckpointManager
-from distrust.checkpoint import lock, retention, storage
+from distrust.checkpoint import lock, retention, shared_writer, storage
 from distrust.errors import CheckpointError, DistrustWarning, SaveFailed
 
 ROOT = Path("/disk")
@@ -39,6 +40,11 @@ generators = st.integers().map(Random)
 
 def test_every_invariant_holds_on_the_disks_of_some_sequences(capsys):
     assert power_loss.main(["--seed", "5", "--cases", "3"]) == 0
+    assert "every invariant held" in capsys.readouterr().out
+
+
+def test_every_invariant_holds_where_several_ranks_write_each_checkpoint(capsys):
+    assert power_loss.main(["--seed", "5", "--cases", "1", "--shared"]) == 0
     assert "every invariant held" in capsys.readouterr().out
 
 
@@ -75,9 +81,9 @@ def sync_all_but(omitted: str):
 def commit_before_sync(file: storage.AtomicCheckpointFile) -> None:
     file._writers.finish()
     file._disk.truncate(file._descriptor, file._size)
-    file._disk.rename(file._temporary, file._path)
+    file._disk.rename(file._temporary, file.path)
     file._disk.sync(file._descriptor)
-    file._disk.sync_directory(file._path.parent)
+    file._disk.sync_directory(file.path.parent)
 
 
 def sync_again_if_it_fails(file: storage.AtomicCheckpointFile) -> None:
@@ -87,8 +93,8 @@ def sync_again_if_it_fails(file: storage.AtomicCheckpointFile) -> None:
         file._disk.sync(file._descriptor)
     except OSError:
         file._disk.sync(file._descriptor)
-    file._disk.rename(file._temporary, file._path)
-    file._disk.sync_directory(file._path.parent)
+    file._disk.rename(file._temporary, file.path)
+    file._disk.sync_directory(file.path.parent)
 
 
 MUTANTS = {
@@ -111,6 +117,29 @@ def test_a_wrong_protocol_is_found(monkeypatch, capsys, mutant):
     campaign, owner, name, wrong = MUTANTS[mutant]
     monkeypatch.setattr(owner, name, wrong)
     assert campaign.main(["--cases", "60"]) == 1, capsys.readouterr().out
+
+
+def test_a_leader_that_commits_before_the_parts_are_durable_is_found(monkeypatch, capsys):
+    """A rank tells its digests first, and syncs its part then."""
+    commit, tell = storage.AtomicCheckpointFile.commit, shared_writer._tell
+    parts: dict[int, storage.AtomicCheckpointFile] = {}
+
+    def commit_later(file):
+        if not file.is_part:
+            return commit(file)
+        parts[threading.get_ident()] = file
+        return None
+
+    def tell_first(peers, path, value):
+        words = tell(peers, path, value)
+        if part := parts.pop(threading.get_ident(), None):
+            commit(part)
+        return words
+
+    monkeypatch.setattr(storage.AtomicCheckpointFile, "commit", commit_later)
+    monkeypatch.setattr(shared_writer, "_tell", tell_first)
+    assert power_loss.main(["--shared", "--cases", "10"]) == 1
+    assert "COUNTEREXAMPLE" in capsys.readouterr().out
 
 
 # What a power cut may leave
@@ -160,6 +189,16 @@ def test_a_rename_replaces_in_one_instant_and_in_any_order_with_others():
     }
     old, new, b, c = ("a", b"old"), ("a", b"new"), ("b", b"new"), ("c", b"c")
     assert images == {(old, b, c), (old, b), (new, c), (new,), (new, b), (new, b, c)}
+
+
+def test_a_sync_makes_durable_what_its_own_writer_has_written():
+    world = World(ROOT, {})
+    pages = [Write(1, 0, b"x" * PAGE_BYTES), Write(1, PAGE_BYTES, b"y" * PAGE_BYTES, 1)]
+    for operation in [Create(A, 1), Reserve(1, 2 * PAGE_BYTES), *pages, Sync(1), SyncDirectory(ROOT)]:
+        world.apply(operation)
+    assert world.after_cut("lost", "lost", Random(0))[A] == b"x" * PAGE_BYTES + bytes(PAGE_BYTES)
+    world.apply(Sync(1, 1))
+    assert world.after_cut("lost", "lost", Random(0))[A] == b"x" * PAGE_BYTES + b"y" * PAGE_BYTES
 
 
 def test_a_sync_that_failed_makes_nothing_durable_and_nor_does_the_next():

@@ -145,7 +145,7 @@ class BackgroundWriter:
             begin.set()  # in every case: the thread must end
         return pending
 
-    def run(self, path: Path, write: Callable[[], None]) -> PendingSave:
+    def run(self, path: Path, write: Callable[[], object]) -> PendingSave:
         """Run ``write`` now; a failure to save is reported like one in the background."""
         try:
             write()

@@ -67,6 +67,12 @@ class Disk:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return descriptor
 
+    def join(self, path: Path) -> int:
+        """Open a file that another process has created, to write a part of it; never a link."""
+        descriptor = open_to_write(path, os.O_WRONLY)
+        direct_io.enable(descriptor)
+        return descriptor
+
     def reserve(self, descriptor: int, size: int) -> None:
         """Reserve space for a file, or raise ENOSPC before a byte is written."""
         if size and sys.platform == "linux":

@@ -15,13 +15,14 @@ from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import Kind
 from distrust.checkpoint.memory import ReusableMemory
-from distrust.checkpoint.snapshot import Snapshot
+from distrust.checkpoint.snapshot import PendingCopy, Snapshot
 from distrust.checkpoint.storage import AtomicCheckpointFile
 from distrust.errors import (
     CheckpointUnreadable,
     DistrustWarning,
     ErrorTranslator,
     SaveFailed,
+    UnsupportedState,
     WarningCollector,
     defer_warning,
 )
@@ -77,7 +78,7 @@ class FileWriter:
                     prepared, deferred=_OVERLAPPED if overlap else (), block_buffer=state.block_buffer
                 )
         except SaveFailed as error:
-            return state.background.finish(path, error)
+            return self._give_up(path, error)
         size, step = prepared.layout.file_size, prepared.step
         if pending_copy is None:
             stream = self._stream(prepared)
@@ -91,12 +92,22 @@ class FileWriter:
                 self._write(path, size, step, pending_copy.write)
 
         # The thread gets no reference to `prepared`: the caller's arrays are freed once they are copied.
-        pending = state.background.start(path, copy=lambda: pending_copy.copy(path), write=write)
+        pending = state.background.start(path, copy=lambda: self._copy(path, pending_copy), write=write)
         pending.add_done_callback(pending_copy.drop)
         return pending
 
+    def _copy(self, path: Path, pending_copy: PendingCopy) -> None:
+        pending_copy.copy(path)
+
+    def _give_up(self, path: Path, error: SaveFailed) -> PendingSave:
+        """A save that failed before it began."""
+        return self._state.background.finish(path, error)
+
     def _prepare(self, checkpoint: Checkpoint, kind: Kind) -> serialization.PreparedCheckpoint:
-        return serialization.prepare(checkpoint, kind, record_host=self._record_host)
+        prepared = serialization.prepare(checkpoint, kind, record_host=self._record_host)
+        for label in prepared.rows:
+            raise UnsupportedState(f"{label}: is one rank's shard: saving it needs share()", label=label)
+        return prepared
 
     def _stream(self, prepared: serialization.PreparedCheckpoint) -> WriteContent:
         return lambda file: stream_writer.write_streaming(file, prepared, self._state.block_buffer)

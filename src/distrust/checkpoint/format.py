@@ -199,7 +199,7 @@ class Layout:
         self.names = [names[index] for index in self._table.order]  # from here on, in the order of the data
         self.edges = self._table.edges
         self.data_bytes = self._table.data_bytes
-        self._step, self._kind, self._sections, self._run = step, kind, sections, run
+        self.step, self._kind, self._sections, self._run = step, kind, sections, run
 
     @property
     def data_offset(self) -> int:
@@ -217,11 +217,11 @@ class Layout:
 
     @lockfree_cached_property
     def _state(self) -> str:
-        return canonical_json({"sections": self._sections, "step": self._step})
+        return canonical_json({"sections": self._sections, "step": self.step})
 
     @lockfree_cached_property
     def _text(self) -> HeaderText:
-        text = HeaderText(self._table, step=self._step, kind=self._kind, state=self._state, run=self._run)
+        text = HeaderText(self._table, step=self.step, kind=self._kind, state=self._state, run=self._run)
         if text.nbytes > MAX_HEADER_BYTES:
             raise UnsupportedState(
                 f"the header would have {text.nbytes:,} bytes, and readers accept at most "

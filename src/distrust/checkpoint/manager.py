@@ -23,6 +23,7 @@ from distrust.checkpoint.manager_state import ManagerState
 from distrust.checkpoint.reader import Reader
 from distrust.checkpoint.retainer import Retainer, find_damaged
 from distrust.checkpoint.retention import MetricMode, Retention
+from distrust.checkpoint.shared_writer import Peers
 from distrust.checkpoint.writer import Writer
 from distrust.errors import ConfigError, DistrustWarning, WarningCollector
 
@@ -79,6 +80,15 @@ class CheckpointManager:
         """
         with self._state.mutex:
             self._state.acquire()
+
+    def share(self, peers: Peers) -> None:
+        """Write every later checkpoint together with the other ranks of a run, each a part of the file.
+
+        Each rank saves the same checkpoints, in the same order, with a manager of the one directory. Divided
+        arrays are a :class:`~distrust.checkpoint.arrays.Shard`. Only the leader locks, commits and cleans up.
+        """
+        with self._state.mutex:
+            self._writer.share(peers)
 
     def save(self, checkpoint: Checkpoint, *, final: bool = False) -> Path:
         """Write a checkpoint and return its path once it is durable; then clean up.

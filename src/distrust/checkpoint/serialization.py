@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from distrust.checkpoint import arrays, tree, verified_read
-from distrust.checkpoint.arrays import Framework
+from distrust.checkpoint.arrays import Framework, Shard
 from distrust.checkpoint.catalog import open_checkpoint
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.checkpoint_file import CheckpointFile
@@ -34,6 +34,7 @@ class PreparedCheckpoint:
     layout: Layout
     flat_arrays: Sequence[Any]  # in the order of their data; any thread may read them
     zero_copy: set[str]  # the labels of those that keep their contents without a copy
+    rows: Mapping[str, int]  # of the arrays of which it has a shard: how many rows the whole one has
 
 
 def prepare(checkpoint: Checkpoint, kind: Kind, *, record_host: bool = True) -> PreparedCheckpoint:
@@ -51,11 +52,15 @@ def prepare(checkpoint: Checkpoint, kind: Kind, *, record_host: bool = True) -> 
                 "use plain numbers and lists here, such as float(x) or x.tolist()",
                 label=label,
             )
+    shards = {label: array for label, array in by_label.items() if isinstance(array, Shard)}
+    by_label |= {label: shard.rows for label, shard in shards.items()}
     tensors = arrays.describe(by_label)
+    tensors |= {label: (tensors[label][0], shard.shape) for label, shard in shards.items()}
     run = _run_json(checkpoint, host=platform.node() if record_host else "")
     layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=run)
     flats, zero_copy = arrays.flat_arrays(by_label)
-    return PreparedCheckpoint(checkpoint.step, layout, [flats[name] for name in layout.names], zero_copy)
+    in_order, rows = [flats[name] for name in layout.names], {name: shards[name].shape[0] for name in shards}
+    return PreparedCheckpoint(checkpoint.step, layout, in_order, zero_copy, rows)
 
 
 def state_digest(checkpoint: Checkpoint, kind: Kind) -> str:

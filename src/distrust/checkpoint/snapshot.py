@@ -40,11 +40,14 @@ class Snapshot:
 
     def __init__(self) -> None:
         self._memory = ReusableMemory()
+        self.budget = BUDGET
+        #: Writes copied arrays. Without it their memory has the layout of the file, and is written in place.
+        self.stream: Callable[[PreparedCheckpoint], Callable[[AtomicCheckpointFile], str]] | None = None
 
     def reserve(self, nbytes: int, page_lock: PageLock | None = None) -> bool:
         """Allocate and touch ``nbytes``; return whether the memory budget and the system allow that."""
         missing = nbytes - self._memory.touched_bytes
-        if missing > 0 and missing > BUDGET * available_bytes():
+        if missing > 0 and missing > self.budget * available_bytes():
             return False
         try:
             self._memory.acquire(round_up(nbytes, PAGE_BYTES), page_lock)
@@ -71,7 +74,7 @@ class Snapshot:
         """Keep references to the arrays that stay unchanged. The others are mostly small: rng, history."""
         flats = dict(zip(prepared.layout.names, prepared.flat_arrays, strict=True))
         mutable = flats.keys() - prepared.zero_copy
-        if sum(flats[label].nbytes for label in mutable) > BUDGET * available_bytes():
+        if sum(flats[label].nbytes for label in mutable) > self.budget * available_bytes():
             return None
         flats |= {label: arrays.private_copy(flats[label]) for label in mutable}
         unchanging = [*flats.values()]  # |= keeps the order
@@ -80,13 +83,14 @@ class Snapshot:
         return PendingCopy(lambda _: None, write, unchanging.clear)
 
     def _copy_all(self, prepared: PreparedCheckpoint, deferred: tuple[str, ...]) -> PendingCopy | None:
-        layout = prepared.layout
+        layout, without_arrays = prepared.layout, replace(prepared, flat_arrays=())
+        edges = [*itertools.accumulate((flat.nbytes for flat in prepared.flat_arrays), initial=0)]
         stream = arrays.copy_stream(prepared.flat_arrays)
-        if not self.reserve(layout.data_bytes, stream.page_lock if stream else None):
+        if not self.reserve(edges[-1], stream.page_lock if stream else None):
             return None
-        memory = self._memory.acquire(round_up(layout.data_bytes, PAGE_BYTES))
+        memory = self._memory.acquire(round_up(edges[-1], PAGE_BYTES))
         pending, on_device = [], []
-        rows = zip(layout.names, layout.edges, prepared.flat_arrays, strict=False)  # the last edge is the end
+        rows = zip(layout.names, edges, prepared.flat_arrays, strict=False)  # the last edge is the end
         # Adjacent arrays are copied together.
         groups = itertools.groupby(
             rows, key=lambda row: (row[0].startswith(deferred), getattr(row[2], "device", None), row[2].dtype)
@@ -121,6 +125,12 @@ class Snapshot:
         def write(file: AtomicCheckpointFile) -> str:
             while pending:  # popped, so that the device gets its memory back
                 arrays.fill(memory, *pending.pop()[:2])
-            return stream_writer.write_snapshot(file, layout, memory)
+            if self.stream is None:
+                return stream_writer.write_snapshot(file, layout, memory)
+            import numpy as np
+
+            data = np.frombuffer(memory, np.uint8)
+            flats = [data[begin:end] for begin, end in itertools.pairwise(edges)]
+            return self.stream(replace(without_arrays, flat_arrays=flats))(file)
 
         return PendingCopy(copy, write, pending.clear)

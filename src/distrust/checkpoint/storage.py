@@ -9,6 +9,7 @@ final name, either the previous file or the complete new one.
   write, and the second call would report success.
 - After a failed fsync of the directory the renamed file stays, and the error is raised.
 - There is one writer of a manager's directory: only the holder of its lock (``lock.py``) writes or removes.
+  Other processes of its run may write parts of its temporary file (``shared_writer.py``).
   A file that a caller named (``single_file.py``) has no such lock; its temporary file is locked itself.
 """
 
@@ -37,26 +38,36 @@ _TEMPORARY_NAME = re.compile(r"\.checkpoint-[0-9]+(-final)?\.safetensors\.[0-9a-
 class AtomicCheckpointFile:
     """A new file of known size, in bytes, that appears under its name complete, or not at all.
 
+    If it ``is_part`` of another process's file, :meth:`join` opens that, and :meth:`commit` only syncs it.
+
     Raises:
         SaveFailed: from every method. Existing files are unchanged, unless only the last step failed, the
             sync of the directory: then the new file exists.
     """
 
-    def __init__(self, path: Path, size: int, disk: Disk) -> None:
-        self._path = path
+    def __init__(self, path: Path, size: int, disk: Disk, *, is_part: bool = False) -> None:
+        self.is_part = is_part
+        self.path = path
         self._size = size
         self._disk = disk
-        self._temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
+        self.token = secrets.randbits(64)
+        self._temporary = path.parent / f".{path.name}.{self.token:016x}.tmp"
         self._writers: WorkerPool | None = None
         self._descriptor = -1
         try:
             with self._save_errors():
-                self._descriptor = disk.create(self._temporary)
-                disk.reserve(self._descriptor, size)  # ENOSPC comes here, before a byte is written
+                if not is_part:
+                    self._descriptor = disk.create(self._temporary)
+                    disk.reserve(self._descriptor, size)  # ENOSPC comes here, before a byte is written
             self._writers = WorkerPool(WRITES_IN_FLIGHT)
         except BaseException:
             self.discard()  # no caller has a reference yet
             raise
+
+    def join(self, token: int) -> None:
+        """Open the file with a token. It is a number: no name of a file is taken from the network."""
+        with self._save_errors():
+            self._descriptor = self._disk.join(self.path.parent / f".{self.path.name}.{token:016x}.tmp")
 
     def write(self, block: memoryview, offset: int) -> threading.Event:
         """Start writing a block: whole pages, page-aligned, as is its offset in the file.
@@ -73,20 +84,23 @@ class AtomicCheckpointFile:
         assert self._writers is not None  # noqa: S101 - neither committed nor discarded
         with self._save_errors():
             self._writers.finish()  # raises the error of any write in flight
-            self._disk.truncate(self._descriptor, self._size)  # the last page was written whole
+            if not self.is_part:
+                self._disk.truncate(self._descriptor, self._size)  # the last page was written whole
             self._disk.sync(self._descriptor)  # never retried
             # Close before rename: some file systems report failed writes only on close. And syncing the
             # directory needs a descriptor, which may be the last one available.
             self._close()
-            self._disk.rename(self._temporary, self._path)  # COMMITS: readers see the new file
+            if self.is_part:
+                return
+            self._disk.rename(self._temporary, self.path)  # COMMITS: readers see the new file
         try:
-            self._disk.sync_directory(self._path.parent)  # now the name survives a power cut
+            self._disk.sync_directory(self.path.parent)  # now the name survives a power cut
         except OSError as error:
             text = (
-                f"{self._path}: written completely, but its directory could not be synced "
+                f"{self.path}: written completely, but its directory could not be synced "
                 f"({error.strerror}): a power cut may still remove it"
             )
-            raise SaveFailed(text, path=self._path) from error
+            raise SaveFailed(text, path=self.path) from error
 
     def discard(self) -> None:
         """Remove what was not committed; does nothing after :meth:`commit`."""
@@ -99,7 +113,8 @@ class AtomicCheckpointFile:
                     self._close()
         finally:  # also if an interrupt ends the wait for the writers
             with contextlib.suppress(OSError):
-                self._disk.unlink(self._temporary)  # after a commit the name no longer exists
+                if not self.is_part:
+                    self._disk.unlink(self._temporary)  # after a commit the name no longer exists
 
     def _close(self) -> None:
         # A descriptor is closed even if close() fails: closing it again could close another file.
@@ -116,12 +131,12 @@ class AtomicCheckpointFile:
         return ErrorTranslator((OSError,), self._not_saved)
 
     def _not_saved(self, error: OSError) -> SaveFailed:
-        free = _free_bytes(self._path.parent)
+        free = _free_bytes(self.path.parent)
         text = (
-            f"{self._path}: not saved: {error.strerror}; {self._size:,} bytes needed, "
+            f"{self.path}: not saved: {error.strerror}; {self._size:,} bytes needed, "
             f"{'unknown' if free is None else f'{free:,}'} free. Existing files are unchanged"
         )
-        return SaveFailed(text, path=self._path, needed=self._size, free=free)
+        return SaveFailed(text, path=self.path, needed=self._size, free=free)
 
 
 def make_directory(directory: Path, disk: Disk) -> None:

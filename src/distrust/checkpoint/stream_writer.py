@@ -33,12 +33,12 @@ _EMPTY_DIGEST = tensor_hasher(all_cores=False).hexdigest()
 
 def write_snapshot(file: AtomicCheckpointFile, layout: Layout, data: mmap.mmap) -> str:
     """Write a snapshot in place: ``data`` has the layout of the file, padded to whole pages."""
-    digests = _TensorDigests(layout)
+    digests = TensorDigests(layout)
     for begin, end in _blocks(layout):
         block = memoryview(data)[begin : round_up(end, PAGE_BYTES)]  # O_DIRECT writes whole pages
         file.write(block, layout.data_offset + begin)
         digests.update(block, begin, end)
-    return _write_header(file, layout, digests.hex)
+    return write_header(file, layout, digests.hex)
 
 
 def write_streaming(
@@ -50,7 +50,7 @@ def write_streaming(
     may have changed since.
     """
     layout = prepared.layout
-    digests = _TensorDigests(layout)
+    digests = TensorDigests(layout)
     slots = min(BLOCKS, len(_blocks(layout)))
     stream = arrays.copy_stream(prepared.flat_arrays)
     memory = block_buffer.acquire(slots * BLOCK_BYTES, stream.page_lock if stream else None)
@@ -63,10 +63,10 @@ def write_streaming(
         block = memoryview(memory)[slot : slot + round_up(end - begin, PAGE_BYTES)]
         writes.append(file.write(block, layout.data_offset + begin))
         digests.update(block, begin, end)  # while the block is being written
-    return _write_header(file, layout, digests.hex)
+    return write_header(file, layout, digests.hex)
 
 
-class _TensorDigests:
+class TensorDigests:
     """Computes the digest of each tensor from blocks of the data that arrive in order."""
 
     # One digest per tensor, so that a reader can verify each without the others, in parallel or on demand.
@@ -77,7 +77,7 @@ class _TensorDigests:
 
     def update(self, block: memoryview, begin: int, end: int) -> None:
         """Add the data from ``begin`` to ``end``, the first bytes of ``block``."""
-        for index in _tensors_in_range(self._edges, begin, end):
+        for index in tensors_in_range(self._edges, begin, end):
             first, last = max(begin, self._edges[index]), min(end, self._edges[index + 1])
             self._hasher.update(block[first - begin : last - begin])
             if last == self._edges[index + 1]:
@@ -91,7 +91,7 @@ def _blocks(layout: Layout) -> list[tuple[int, int]]:
     return list(itertools.pairwise([*begins, layout.data_bytes])) if begins else []
 
 
-def _tensors_in_range(edges: Sequence[int], begin: int, end: int) -> range:
+def tensors_in_range(edges: Sequence[int], begin: int, end: int) -> range:
     """Return the indices of the tensors with data between ``begin`` and ``end``."""
     return range(bisect.bisect_right(edges, begin) - 1, bisect.bisect_left(edges, end))
 
@@ -99,7 +99,7 @@ def _tensors_in_range(edges: Sequence[int], begin: int, end: int) -> range:
 def _arrays_in_range(prepared: PreparedCheckpoint, begin: int, end: int) -> list[Any]:
     """Return the arrays with data between ``begin`` and ``end``, the first and last cut to that range."""
     edges = prepared.layout.edges
-    indices = _tensors_in_range(edges, begin, end)
+    indices = tensors_in_range(edges, begin, end)
     flats = list(prepared.flat_arrays[indices.start : indices.stop])
     # The last first: if there is only one array, both cuts apply to it, and the first shifts its offsets.
     flats[-1] = arrays.byte_range(flats[-1], 0, min(end, edges[indices.stop]) - edges[indices.stop - 1])
@@ -108,7 +108,8 @@ def _arrays_in_range(prepared: PreparedCheckpoint, begin: int, end: int) -> list
     return flats
 
 
-def _write_header(file: AtomicCheckpointFile, layout: Layout, digests: Sequence[str]) -> str:
+def write_header(file: AtomicCheckpointFile, layout: Layout, digests: Sequence[str]) -> str:
+    """Write the header of a file whose data is complete; returns the digest in it."""
     header, digest = layout.header(digests)
     block = allocate(len(header))  # page-aligned, for O_DIRECT; the header's length is a multiple of a page
     block[: len(header)] = header

@@ -12,6 +12,7 @@ from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.format import Kind
 from distrust.checkpoint.manager_state import ManagerState
 from distrust.checkpoint.retainer import Retainer
+from distrust.checkpoint.shared_writer import Peers, SharedFileWriter
 from distrust.errors import SaveFailed
 
 
@@ -20,7 +21,14 @@ class Writer:
 
     def __init__(self, state: ManagerState, retainer: Retainer, *, record_host: bool) -> None:
         self._state = state
-        self._files = _LockedFileWriter(state, retainer, record_host=record_host)
+        self._locked_files = _LockedFileWriter(state, retainer, record_host=record_host)
+        self._files: FileWriter = self._locked_files
+        self._follows = False  # another process has the lock, and commits
+
+    def share(self, peers: Peers) -> None:
+        """Write every later checkpoint together with other processes."""
+        self._follows = peers.index > 0
+        self._files = SharedFileWriter(self._locked_files, peers)
 
     def save(self, checkpoint: Checkpoint, *, final: bool) -> Path:
         """Write a checkpoint; it is durable when this returns."""
@@ -35,9 +43,11 @@ class Writer:
 
     def _begin(self, step: int, *, final: bool) -> tuple[Path, Kind]:
         self._state.background.wait()  # raises the error of the save before, if no call has
-        self._state.acquire()  # the first save takes the lock
         kind: Kind = "final" if final else "periodic"
         path = self._state.directory / checkpoint_file_name(step, kind)
+        if self._follows:
+            return path, kind
+        self._state.acquire()  # the first save takes the lock
         with save_errors(path):
             is_foreign = foreign.find_reader(path) is not None
         if is_foreign:

@@ -13,6 +13,7 @@ import itertools
 import mmap
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, get_args
 
@@ -70,10 +71,29 @@ class Adapter(NamedTuple):
     zero_copy: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One rank's rows of an array that the ranks of a run have divided: those of :func:`rows_of`."""
+
+    rows: Any  # an array of numpy or torch
+    shape: tuple[int, ...]  # of the whole array, which has at least one dimension
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the rows, in bytes."""
+        return int(self.rows.nbytes)
+
+
+def rows_of(index: int, *, rows: int, count: int) -> range:
+    """The rows that rank ``index`` of ``count`` has: equally many each, fewer or none at the last ranks."""
+    size = -(-rows // count)
+    return range(min(index * size, rows), min((index + 1) * size, rows))
+
+
 def is_array(value: Any) -> bool:
-    """Return whether ``value`` is an array or numpy scalar, of any dtype; only its type is inspected."""
+    """Return whether ``value`` is an array, numpy scalar or shard; only its type is inspected."""
     array_type: type = type(value)
-    return _adapter_of(array_type) is not None
+    return array_type is Shard or _adapter_of(array_type) is not None
 
 
 def describe(arrays: Mapping[str, Any]) -> dict[str, Description]:
