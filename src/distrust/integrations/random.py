@@ -40,7 +40,7 @@ def generators() -> dict[str, Any]:
 
 
 def set_generators(state: Mapping[str, Any]) -> None:
-    """Set every generator in ``state``, from :func:`generators`; its arrays may be numpy's or torch's.
+    """Set every generator in ``state``, from :func:`generators`; arrays may be numpy's, torch's or lists.
 
     Raises:
         ConfigError: ``state`` has a generator that this process lacks: numbers drawn from it would differ.
@@ -66,11 +66,11 @@ def set_generators(state: Mapping[str, Any]) -> None:
     legacy["key"] = np.asarray(legacy["key"], np.uint32)
     np.random.set_state(tuple(legacy[name] for name in _NUMPY))
     if torch is not None and "torch" in state:
-        torch.set_rng_state(torch.as_tensor(state["torch"]))
+        torch.set_rng_state(torch.as_tensor(state["torch"], dtype=torch.uint8))
         if cuda:
-            torch.cuda.set_rng_state_all([torch.as_tensor(generator) for generator in cuda])
+            torch.cuda.set_rng_state_all([torch.as_tensor(each, dtype=torch.uint8) for each in cuda])
         if "mps" in state:
-            torch.mps.set_rng_state(torch.as_tensor(state["mps"]))
+            torch.mps.set_rng_state(torch.as_tensor(state["mps"], dtype=torch.uint8))
     if mx is not None and "mlx" in state:
         high, low = np.asarray(state["mlx"]).tolist()
         mx.random.seed(high << 32 | low)  # a key is the two halves of its seed

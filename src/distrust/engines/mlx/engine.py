@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from mlx_lm.utils import get_total_parameters
 
 from distrust.checkpoint.memory import return_freed_memory
 from distrust.config import Precision, TrainConfig
-from distrust.contract import DEFAULT_MAX_LENGTH, DeviceMemory, EngineState, Losses
+from distrust.contract import DEFAULT_MAX_LENGTH, DeviceMemory, EngineState, Losses, accumulate_alone
 from distrust.data import MicroBatch
 from distrust.engines import state_conversion
 from distrust.engines.loading import (
@@ -31,12 +31,14 @@ from distrust.engines.loading import (
     require_vocabulary,
     stop_ids,
 )
-from distrust.engines.mlx import adapter, layers, model, runtime
+from distrust.engines.micro_batches import gather_losses, owner, require_same_step, require_work
+from distrust.engines.mlx import adapter, exchange, layers, model, runtime
 from distrust.engines.mlx.model_runner import ModelRunner
 from distrust.engines.mlx.optimizer import AdamW
 from distrust.engines.out_of_memory import out_of_memory
 from distrust.engines.target_modules import Selection, layer_of
 from distrust.errors import warn
+from distrust.ranks import SINGLE, Ranks
 
 
 class MlxEngine:
@@ -47,10 +49,13 @@ class MlxEngine:
     """
 
     framework: Literal["mlx"] = "mlx"
+    peers = None
     release_memory = staticmethod(runtime.release_memory)
 
     @out_of_memory("load")
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, ranks: Ranks = SINGLE) -> None:
+        require_work(config, ranks)
+        self._ranks, self.world_size, self._is_exact = ranks, ranks.count, config.reduction == "exact"
         self._device = runtime.choose_device(config.device)
         on_cpu = self._device.type == mx.DeviceType.cpu
         automatic: Precision = "float32" if on_cpu else "bfloat16"
@@ -127,6 +132,33 @@ class MlxEngine:
         """Place a batch into the rows that the passes take."""
         return out_of_memory("step")(self._runner.prepare)
 
+    @out_of_memory("step")
+    def accumulate(
+        self, batches: Sequence[MicroBatch], *, seed: int, step: int, tokens: int
+    ) -> Sequence[Losses]:
+        """Forward and backward of all micro-batches; gradients are summed in their order."""
+        ranks, count = self._ranks, len(batches)
+        if ranks.count == 1:
+            return accumulate_alone(self, batches, seed=seed, step=step, tokens=tokens)
+        require_same_step(ranks, batches, step=step, tokens=tokens)
+        losses: dict[int, Losses] = {}
+        gradients: dict[str, mx.array] = {}
+        total: exchange.Flat | None = None
+        for begin in range(0, count, ranks.count):
+            numbers = range(begin, min(begin + ranks.count, count))
+            owners = [owner(number, count=count, ranks=ranks.count) for number in numbers]
+            if ranks.index in owners:
+                number = numbers[owners.index(ranks.index)]
+                runtime.reseed(seed=seed, step=step, micro_step=number)
+                earlier, batch = None if self._is_exact else gradients or None, batches[number]
+                losses[number], gradients = self._runner.train(self._trained, earlier, batch, tokens=tokens)
+            if self._is_exact or numbers.stop == count:
+                adding = owners if self._is_exact else range(ranks.count)
+                total = exchange.add_round(ranks, exchange.flatten(gradients), total, owners=adding)
+        assert total is not None  # noqa: S101 - a step has a micro-batch
+        self._gradients = exchange.unflatten(total, gradients)
+        return gather_losses(ranks, batches, losses)
+
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
         """Seed the random generator; the first micro-step clears the gradients."""
         if micro_step == 0:
@@ -161,6 +193,11 @@ class MlxEngine:
         """Whether all trained weights and moments are finite."""
         arrays = [*self._trained.values(), *self._optimizer.m.values(), *self._optimizer.v.values()]
         return bool(mx.stack([mx.isfinite(array).all() for array in arrays]).all())
+
+    def checksum(self) -> int:
+        """The sum of all trained arrays and moments, read as integers."""
+        arrays = [*self._trained.values(), *self._optimizer.m.values(), *self._optimizer.v.values()]
+        return sum(int(mx.sum(array.view(mx.int32).astype(mx.int64))) for array in arrays)
 
     @out_of_memory("evaluate")
     def evaluate(self, batch: MicroBatch) -> Losses:
@@ -209,6 +246,9 @@ class MlxEngine:
         self._optimizer.m = _load_arrays(state.optimizer["m"], names)
         self._optimizer.v = _load_arrays(state.optimizer["v"], names)
         runtime.load_rng_state(state.rng)
+
+    def device_for(self, nbytes: int) -> None:
+        """None: arrays of mlx are loaded to the host, whose memory they share."""
 
     def device_memory(self) -> DeviceMemory | None:
         """Memory used on the device; None on a CPU."""

@@ -25,13 +25,15 @@ from transformers.trainer_utils import has_length
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
 from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.retention import Retention
-from distrust.errors import CheckpointNotFound, ConfigError, DistrustWarning
+from distrust.errors import ConfigError, DistrustWarning
 from distrust.integrations.random import generators, set_generators
 from distrust.integrations.transformers import trainer_state
 from distrust.integrations.transformers.description import describe_model, describe_run, require_same_run
+from distrust.integrations.transformers.processes import Processes, add_local_states, load_latest
 from distrust.integrations.transformers.pure_data import PureData
 from distrust.integrations.transformers.support import REPLACED
 from distrust.integrations.transformers.trainer_state import StepEnd
+from distrust.ranks import gather_json, leads
 
 
 class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -51,6 +53,7 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
         self._rules = rules
         self._overlap = overlap
         self._pure_data = pure_data
+        self._processes = Processes(trainer.args)
         self._original = {name: getattr(trainer, name) for name in REPLACED}
         self._description: dict[str, Any] = {}  # of the run: what a resume must share
         self._run: dict[str, Any] = {}  # what may differ between equal runs
@@ -92,11 +95,12 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
             CheckpointDirectoryLocked: another process trains this run.
             NoIntactCheckpoint: there are checkpoints, but all are damaged.
             SaveFailed: a checkpoint could not be written.
-            KeyboardInterrupt: after Ctrl-C, once the last complete step is saved.
+            KeyboardInterrupt: after Ctrl-C, once a single process has saved the last complete step.
         """
         if trial is not None:
             raise ConfigError("DistrustCheckpoints: each trial of a search needs a Trainer of its own")
-        self._manager.acquire()  # now: not when the first save finds another process
+        if leads(self._processes):
+            self._manager.acquire()  # now: not when the first save finds another process
         try:
             self._describe()  # once: configs are large, and training waits for a save
             self._loaded = self._load_latest(resume_from_checkpoint)
@@ -109,7 +113,8 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
                 raise ConfigError("load_best_model_at_end: the best model may be in that folder: begin anew")
             return self._original["train"](resume_from_checkpoint=resume_from_checkpoint, **options)
         except KeyboardInterrupt:
-            if self._step_end is not None and not self._is_in_optimizer:
+            # Of several processes, others may be within another step.
+            if self._processes.count == 1 and self._step_end is not None and not self._is_in_optimizer:
                 self._save(self._step_end)
             raise
         finally:
@@ -144,7 +149,8 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
             if state.global_step > state.max_steps:
                 text = f"the checkpoint is of step {state.global_step}, beyond max_steps={state.max_steps}"
                 warnings.warn(DistrustWarning(text), stacklevel=2)
-            print(f"distrust: resuming after step {state.global_step}: {plan}", file=sys.stderr)
+            if leads(self._processes):
+                print(f"distrust: resuming after step {state.global_step}: {plan}", file=sys.stderr)
         self._epoch, self._batches_to_skip = epoch - 1, batches
         return epoch, batches
 
@@ -195,6 +201,8 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
         finally:
             self._is_step_ending = False
         finished = self._is_finished()
+        if finished or self._trainer.control.should_training_stop:  # this state will be saved
+            self._trainer.store_flos()  # the sum of all processes
         # Gradients left by a streamed pass belong to the next step. And where training is interrupted within
         # an epoch, what its end did here is not part of the run: a resume goes on after the last step.
         is_complete = not self._has_gradients and (self._is_epoch_complete or finished)
@@ -228,6 +236,9 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
         """Save the last state, then load the weights of the best one."""
         self._save_last()
         assert self._best_step is not None  # noqa: S101 - best_model_checkpoint is set with it
+        if self._pending is not None:
+            self._pending.wait()
+        gather_json(self._processes, None)  # now all may read it
         best = self._manager.load(self._best_step, framework="torch")
         trainer_state.restore_model(self._trainer, best)
 
@@ -311,9 +322,8 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
 
     def _load_latest(self, resume_from_checkpoint: str | bool | None) -> Checkpoint | None:
         directory = self._manager.directory
-        try:
-            loaded = self._manager.load_latest(framework="torch")
-        except CheckpointNotFound:
+        loaded = load_latest(self._processes, self._manager)
+        if loaded is None:
             return None
         if resume_from_checkpoint is False:
             raise ConfigError(
@@ -363,9 +373,10 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
         return trainer_state.is_finished(self._trainer) or (self._is_epoch_complete and is_last_epoch)
 
     def _capture(self, step_end: StepEnd, *, finished: bool) -> Checkpoint:
-        return trainer_state.capture(
+        checkpoint = trainer_state.capture(
             self._trainer, step_end, description=self._description, run=self._run, finished=finished
         )
+        return add_local_states(self._processes, checkpoint, step_end)
 
     def _save(self, step_end: StepEnd) -> None:
         self._is_requested = False
@@ -374,7 +385,8 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
             # An optimizer with modes of its own changes weights when training goes on.
             overlap = self._overlap and not hasattr(self._trainer.optimizer.optimizer, "train")
             checkpoint = self._capture(step_end, finished=False)
-            self._pending = self._manager.save_async(checkpoint, overlap=overlap)
+            if leads(self._processes):
+                self._pending = self._manager.save_async(checkpoint, overlap=overlap)
 
     def _save_last(self) -> None:
         if self._is_over or self._step_end is None:  # the latter: stopped within the first step
@@ -382,6 +394,8 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
         self._is_over = True
         finished = self._is_finished()
         if finished or self._saved is not self._step_end:
-            path = self._manager.save(self._capture(self._step_end, finished=finished), final=finished)
-            if self._best_step == self._step_end.step:
-                self._trainer.state.best_model_checkpoint = str(path)
+            checkpoint = self._capture(self._step_end, finished=finished)
+            if leads(self._processes):
+                path = self._manager.save(checkpoint, final=finished)
+                if self._best_step == self._step_end.step:
+                    self._trainer.state.best_model_checkpoint = str(path)

@@ -95,6 +95,8 @@ class DistrustCheckpoints:
         if self._trainer is None:
             raise ConfigError("to_folder() needs the model: call attach(trainer) first")
         trainer, rules = self._trainer, self._rules_for(self._trainer.args)
+        if trainer.args.process_index > 0:  # the first one writes
+            return Path(path)
         manager = CheckpointManager(self.directory, **asdict(rules))
         checkpoint = manager.choose(step=step, best=best, framework="torch")[1]
         require_same_weights(checkpoint, trainer)

@@ -40,6 +40,9 @@ def require_supported(trainer: Trainer, *, pure_data: bool) -> None:
             f"this Trainer has no {', '.join(missing)}: install a version that was tested: {TESTED_VERSIONS}"
         )
     args, classes = trainer.args, type(trainer).__mro__
+    several, accelerator = args.world_size > 1, trainer.accelerator
+    is_parallel = getattr(accelerator, "parallelism_config", None)  # in another way
+    is_ddp = accelerator.distributed_type.startswith("MULTI_") and not is_parallel
     untested = [
         cls.__name__ for cls in classes if cls.__module__.startswith("trl.") and cls.__name__ not in TRL
     ]
@@ -54,10 +57,14 @@ def require_supported(trainer: Trainer, *, pure_data: bool) -> None:
     for unsupported, reason in (
         (untested, f"{untested} keeps state of its own: {', '.join(sorted(TRL))} are supported"),
         (overrides, f"{overrides} would not be called any more: leave it out"),
-        (args.world_size > 1, "several processes are not supported: start the script without a launcher"),
         (args.n_gpu > 1, "several GPUs are not supported: set CUDA_VISIBLE_DEVICES to one"),
         (trainer.is_fsdp_enabled, "FSDP is not supported: leave out args.fsdp"),
         (trainer.is_deepspeed_enabled, "DeepSpeed is not supported: leave out args.deepspeed"),
+        (several and not is_ddp, "several processes are supported under DDP alone: leave out other kinds"),
+        (
+            several and (args.enable_jit_checkpoint or args.ddp_broadcast_buffers is False),
+            "enable_jit_checkpoint and ddp_broadcast_buffers=False let processes differ: leave them out",
+        ),
         (args.auto_find_batch_size, "auto_find_batch_size changes the run: give a batch size that fits"),
         (args.ignore_data_skip, "ignore_data_skip trains on other data after a resume: leave it out"),
         (args.save_only_model, "save_only_model leaves out what a resume needs: leave it out"),

@@ -119,7 +119,7 @@ def capture(
             "scaler": None if scaler is None else scaler.state_dict(),
         },
         rng={"now": step_end.generators, "epoch": step_end.epoch_generators, "buffers": step_end.buffers},
-        history={"trainer_state": _to_array(state), "collected": step_end.collected},
+        history={"trainer_state": to_array(state), "collected": step_end.collected},
         config=description,
         metadata={
             "integration": "transformers",
@@ -255,6 +255,6 @@ def _copy(collected: Any) -> Any:
     return list(collected) if isinstance(collected, list) else collected
 
 
-def _to_array(value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def to_array(value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """JSON as an array: it grows with the run, and a header must not."""
     return np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
