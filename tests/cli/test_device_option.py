@@ -19,7 +19,7 @@ def moved_run(folder, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("moved") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime, "choose_device", lambda requested: torch.device("cpu"))
+        patch.setattr(runtime, "choose_device", lambda requested, **_: torch.device("cpu"))
         assert main(train_arguments(folder, out, "--engine", "torch", "--device", ABSENT)) == 0
     return out
 

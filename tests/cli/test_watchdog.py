@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
 
 from distrust import CheckpointManager
+from distrust.cli import watchdog
 
 COMMAND = """
 import hashlib, sys
@@ -50,7 +52,7 @@ class Engine(ToyEngine):
             hashlib.pbkdf2_hmac("sha256", b"", b"", 1 << 20 if kind == "step" else 1 << 25)
         return super().micro_step(batch, tokens=tokens)
 
-distrust.engines.create_engine = lambda config: Engine()
+distrust.engines.create_engine = lambda config, **_: Engine()
 options = ["--max-steps", "3", "--batch-size", "2", "--cache-dir", f"{out}-cache"]
 sys.exit(main(["train", "--data", data, "--out", out, *options]))
 """
@@ -124,3 +126,12 @@ def test_a_second_interrupt_does_not_wait_for_a_step(start):
     errors = process.stderr.read()
     assert process.returncode == 128 + signal.SIGINT
     assert "distrust: ended by SIGINT, without an answer for 0.3 s\n" in errors
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_one_rank_says_that_all_are_ended(monkeypatch, capfd, rank):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr("os._exit", sys.exit)
+    with pytest.raises(SystemExit, match="143"):
+        watchdog._end(signal.SIGTERM)
+    assert ("distrust: ended by SIGTERM" in capfd.readouterr().err) == (rank == "0")

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from distrust.errors import ConfigError, DistrustError, DistrustWarning, MissingDependency, printable
+from distrust.errors import DistrustError, DistrustWarning, MissingDependency, printable
 
 #: The verbs and what they do. Each has a module of its name.
 COMMANDS = {
@@ -83,10 +83,8 @@ def _run(verb: str, arguments: list[str]) -> int:
         code: int = import_module(f"distrust.cli.{verb}").main(arguments)
         sys.stdout.flush()  # a broken pipe must fail here, not at exit
         return code
-    except ConfigError as error:
-        return _print_error(str(error), 2)
     except DistrustError as error:
-        return _print_error(str(error), 1)
+        return _print_error(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("distrust"):  # a bug, not a missing library
             raise

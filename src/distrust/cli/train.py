@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 import shutil
 import textwrap
-from dataclasses import Field, field, make_dataclass, replace
+from dataclasses import Field, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from distrust.cli import COMMANDS
+from distrust.cli.launch import Launch, end_with_agent, launch
 from distrust.config import TrainConfig, key, option_docs, option_groups
 from distrust.config_text import from_toml
 from distrust.errors import ConfigError
+from distrust.options import read_docs
 
 _DESCRIPTION = (
     "Run the same command, or --resume RUN, to resume a run that was killed, stopped or interrupted: the "
@@ -28,15 +30,20 @@ _EXAMPLES = (
     "distrust train --config run.toml --learning-rate 1e-4",
     "distrust train --resume runs/first",
     "distrust train --out runs/first --from-step 200 --branch runs/second --max-steps 300",
+    "distrust train --nproc gpu --gradient-accumulation 8 --max-restarts 3",
+    "distrust train --nproc 8 --nnodes 2 --rendezvous node-1:29500 --gradient-accumulation 16",
 )
 _CONFIG = tyro.conf.arg(help="TOML file with options.", help_behavior_hint="")
 _RESUME = tyro.conf.arg(help="Folder of a run to continue, with its options.", help_behavior_hint="")
-_HINTS = get_type_hints(TrainConfig)
+_HINTS = get_type_hints(TrainConfig) | get_type_hints(Launch)
 
 
 def main(arguments: list[str]) -> int:
     """Train, or resume a run."""
-    config = parse(arguments)
+    flags, config = _parse(arguments)
+    if flags.starts_ranks:
+        return launch(flags, config, arguments)
+    end_with_agent()
     # Only now that the flags are known to be right: torch and transformers take seconds to load.
     from distrust.trainer import DistrustTrainer
 
@@ -51,6 +58,10 @@ def parse(arguments: list[str]) -> TrainConfig:
         ConfigError: a value is invalid.
         SystemExit: a flag is unknown, or --help was given.
     """
+    return _parse(arguments)[1]
+
+
+def _parse(arguments: list[str]) -> tuple[Launch, TrainConfig]:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", action="append", default=[])  # to notice a second one
     first.add_argument("--resume", action="append", default=[])
@@ -70,14 +81,16 @@ def parse(arguments: list[str]) -> TrainConfig:
         config=(tyro.conf.DisallowNone,),  # rejects "--max-steps None"
     )
     groups = [getattr(command, title) for title in option_groups()]  # flat again
-    config = TrainConfig(**{name: value for group in groups for name, value in vars(group).items()})
+    values = {name: value for group in groups for name, value in vars(group).items()}
+    flags = Launch(**{option.name: values.pop(option.name) for option in fields(Launch)})
+    config = TrainConfig(**values)
     if not parsed.resume:
-        return config
+        return flags, config
     if (config.out, config.branch) != (base.out, base.branch):
         raise ConfigError("--resume names the folder of the run; give it without --out and --branch")
     if config.epochs != base.epochs and config.max_steps == base.max_steps:
-        return replace(config, max_steps=None)  # the steps that the flag asks for
-    return config
+        config = replace(config, max_steps=None)  # the steps that the flag asks for
+    return flags, config
 
 
 def _command(base: TrainConfig) -> Any:
@@ -86,9 +99,11 @@ def _command(base: TrainConfig) -> Any:
         ("config", Annotated[str | None, _CONFIG], None),
         ("resume", Annotated[str | None, _RESUME], None),
     ]
-    for title, options in option_groups().items():
+    groups = option_groups()
+    groups["Processes"][:0] = fields(Launch)
+    for title, options in groups.items():
         group = make_dataclass(title, [_flag(option) for option in options], frozen=True)
-        default = group(**{option.name: getattr(base, option.name) for option in options})
+        default = group(**{option.name: getattr(base, option.name, option.default) for option in options})
         members.append((title, Annotated[group, tyro.conf.arg(name=title, help="")], field(default=default)))
     return make_dataclass("Command", members, frozen=True)
 
@@ -96,7 +111,8 @@ def _command(base: TrainConfig) -> Any:
 def _flag(option: Field[Any]) -> tuple[str, Any, Any]:
     # The documentation says what None stands for: the help must not add "(default: None)".
     hint = "" if option.default is None else None
-    arg = tyro.conf.arg(name=key(option.name), help=option_docs()[option.name], help_behavior_hint=hint)
+    text = (option_docs() | read_docs(Launch))[option.name]
+    arg = tyro.conf.arg(name=key(option.name), help=text, help_behavior_hint=hint)
     return option.name, Annotated[_HINTS[option.name], arg], field(default=option.default)
 
 
