@@ -106,7 +106,7 @@ def test_losses_and_norms_are_equal(steps, tmp_path, variant, monkeypatch):
     """From the same initial adapter, which each engine would initialize differently."""
     initial: list[CheckpointManager] = []
 
-    def create_in_one_state(config: TrainConfig) -> Engine:
+    def create_in_one_state(config: TrainConfig, **_: Any) -> Engine:
         engine = create_engine(config)
         if initial:
             load_step(initial[0], 2, engine)

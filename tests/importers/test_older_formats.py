@@ -36,6 +36,7 @@ from distrust.errors import (
     SaveFailed,
 )
 from distrust.importers import safe_json
+from distrust.ranks import SINGLE
 from distrust.training import resume_point
 from older_files import (
     FIELDS,
@@ -784,7 +785,7 @@ def test_a_training_does_not_start_next_to_one(tmp_path):
         manager.save(own_checkpoint(20))
     resume_point.require_startable(config, manager)
     engine = SimpleNamespace(framework="numpy", device_memory=lambda: None)
-    resumed, file = resume_point.find_resume_point(config, manager, engine)
+    resumed, file = resume_point.load_resume_point(config, manager, engine, SINGLE)
     assert (resumed.step, file.step) == (20, 20)
 
 
@@ -793,7 +794,7 @@ def test_a_branch_from_one_is_loaded_on_the_host_by_an_engine_on_a_device(tmp_pa
     config = TrainConfig(out=str(tmp_path / "run"), from_step=10, branch=str(tmp_path / "branch"))
     engine = SimpleNamespace(framework="torch", device_memory=lambda: None, device_for=lambda _: "cpu")
     manager = CheckpointManager(config.run_directory / "checkpoints")
-    resumed, file = resume_point.find_resume_point(config, manager, engine)
+    resumed, file = resume_point.load_resume_point(config, manager, engine, SINGLE)
     assert (resumed.step, file.step) == (10, 10)
 
 

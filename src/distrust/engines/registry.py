@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 from importlib.util import find_spec
@@ -13,7 +14,8 @@ from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, scan
 from distrust.config import TrainConfig
 from distrust.contract import DEFAULT_RECORDED_ENGINE, Engine
 from distrust.engines.loading import locate
-from distrust.errors import MissingDependency
+from distrust.errors import ConfigError, MissingDependency
+from distrust.ranks import SINGLE, Ranks
 from distrust.run_record import RunRecord
 
 EngineName = Literal["torch", "mlx"]
@@ -21,10 +23,15 @@ EngineName = Literal["torch", "mlx"]
 ENGINES: dict[EngineName, tuple[str, str]] = {"torch": ("torch", "train"), "mlx": ("mlx_lm", "mlx")}
 
 
-def create_engine(config: TrainConfig, *, objects: tuple[Any, Any] | None = None) -> Engine:
+def create_engine(
+    config: TrainConfig, *, objects: tuple[Any, Any] | None = None, ranks: Ranks = SINGLE
+) -> Engine:
     """Load the model, tokenizer, adapter and optimizer that ``config`` describes.
 
-    ``objects`` are a model and a tokenizer of transformers to train instead of those that it names.
+    Args:
+        config: of the run.
+        objects: a model and a tokenizer of transformers to train instead of those that it names.
+        ranks: the processes among which the gradients are summed.
 
     Raises:
         ModelError: if the model or tokenizer cannot be loaded.
@@ -35,13 +42,43 @@ def create_engine(config: TrainConfig, *, objects: tuple[Any, Any] | None = None
         locate(config.model)  # a wrong name is reported before a framework is imported, which takes seconds
     name = select_engine(config) if objects is None else "torch"
     require_installed(name, purpose=f"--engine {name}")
+    if name == "mlx" and config.shard != "none":
+        raise ConfigError(f"--shard {config.shard}: only --engine torch divides the model among ranks")
     if name == "mlx":  # each branch imports its framework
         from distrust.engines.mlx.engine import MlxEngine
 
-        return MlxEngine(config)
+        return MlxEngine(config, ranks)
+    if config.shard == "all":
+        from distrust.engines.torch.sharded_all import ShardedEngine
+
+        return ShardedEngine(config, objects, ranks)
     from distrust.engines.torch.engine import TorchEngine
 
-    return TorchEngine(config, objects)
+    return TorchEngine(config, objects, ranks)
+
+
+def join_ranks(config: TrainConfig) -> Ranks:
+    """The ranks of a run, if torchrun or mlx.launch started this process as one of several; else SINGLE.
+
+    Raises:
+        ConfigError: if the variables that say so contradict each other, or ``config``.
+        RankLost: if the other ranks cannot be reached.
+    """
+    if "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1":
+        require_installed("torch", purpose="a run of several ranks")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # its errors of lost peers are stack traces
+        from distrust.engines.torch.ranks import TorchRanks
+
+        return TorchRanks.from_environment(config)
+    if "MLX_RANK" in os.environ:
+        from distrust.engines.mlx.ranks import MlxRanks, read_addresses
+
+        rank, addresses = read_addresses()
+        if addresses:
+            if select_engine(config) != "mlx":
+                raise ConfigError("mlx.launch starts ranks that train with mlx: give --engine mlx")
+            return MlxRanks(rank, addresses, config.rank_timeout)
+    return SINGLE
 
 
 def select_engine(config: TrainConfig) -> EngineName:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
 
-from distrust.checkpoint.memory import keep_freed_memory
+from distrust.checkpoint.memory import keep_freed_memory, return_freed_memory
+from distrust.checkpoint.shared_writer import Peers
 from distrust.config import TrainConfig
-from distrust.contract import DeviceMemory, EngineState
+from distrust.contract import DeviceMemory, EngineState, Losses, accumulate_alone
 from distrust.data import MicroBatch
 from distrust.engines.loading import (
     config_digest,
@@ -26,14 +27,17 @@ from distrust.engines.loading import (
     require_vocabulary,
     stop_ids,
 )
+from distrust.engines.micro_batches import gather_losses, require_same_step, require_work
 from distrust.engines.out_of_memory import out_of_memory, raise_if_out_of_memory
 from distrust.engines.runtime import trial_batch
 from distrust.engines.target_modules import Selection
 from distrust.engines.torch import adapter, fingerprint, model, optimizer, quantization, runtime
+from distrust.engines.torch.exchange import Exchange
 from distrust.engines.torch.layers import fuse
 from distrust.engines.torch.model_runner import DeviceLosses, ModelRunner, fetch
 from distrust.engines.torch.row import Row
 from distrust.errors import ConfigError, ModelError
+from distrust.ranks import SINGLE, Ranks, of_leader
 
 
 class TorchEngine:
@@ -44,14 +48,28 @@ class TorchEngine:
 
     framework: Literal["torch"] = "torch"
     runner_class: type[ModelRunner] = ModelRunner  # a subclass of the engine may replace it
+    peers: Peers | None = None
 
     @out_of_memory("load")
-    def __init__(self, config: TrainConfig, objects: tuple[Any, Any] | None = None) -> None:
-        self._device = runtime.choose_device(config.device)
-        self.release_memory = partial(runtime.release_memory, self._device)
+    def __init__(
+        self, config: TrainConfig, objects: tuple[Any, Any] | None = None, ranks: Ranks = SINGLE
+    ) -> None:
+        require_work(config, ranks)
+        self.world_size, self._ranks = ranks.count, ranks
+        self._sums_fast = ranks.count > 1 and config.reduction == "fast"
+        self._device = runtime.choose_device(
+            config.device, local_index=ranks.local_index, local_count=ranks.local_count
+        )
+        self._sharding: Any = None  # the module that divides the base among the ranks
+        if config.shard == "base":  # not every build of torch can import it
+            from distrust.engines.torch import sharded_base
+
+            self._sharding = sharded_base
         self.dtype = runtime.choose_dtype(config.dtype, self._device)
-        self._threads = config.threads or torch.get_num_threads()
-        keep_freed_memory()
+        share = partial(runtime.share_of_threads, ranks.local_count)
+        self._threads = config.threads or of_leader(ranks, share)  # equal on all ranks, for equal bits
+        # glibc does not use the memory of a gathered layer again, and each layer would add to it.
+        (return_freed_memory if self._sharding else keep_freed_memory)()
         # Trials compare in full precision, and leave it to `deterministic` to warn.
         with self._settings(), runtime.full_precision(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*determin")
@@ -60,8 +78,10 @@ class TorchEngine:
     def _build(self, config: TrainConfig, objects: tuple[Any, Any] | None) -> None:
         compute_dtype: torch.dtype = getattr(torch, self.dtype)
         dtype = compute_dtype if config.lora_rank else torch.float32
-        if objects is None:
-            base: Any = model.load_model(
+        if self._sharding:
+            base: Any = self._sharding.load(config, self._ranks, objects, dtype=dtype, device=self._device)
+        elif objects is None:
+            base = model.load_model(
                 config.model, dtype=dtype, device=self._device, quantized=config.quantization
             )
         else:
@@ -73,7 +93,10 @@ class TorchEngine:
         rows = base.get_input_embeddings().weight.shape[0]
         require_vocabulary(self.tokenizer, rows, name=config.model)
         self._name = config.model
-        digest = fingerprint.start(base, config, dtype=compute_dtype, device=self._device)
+        if self._sharding:
+            digest: Callable[[], str] = self._sharding.digest(base, config, self._ranks)
+        else:
+            digest = fingerprint.start(base, config, dtype=compute_dtype, device=self._device)
         try:
             self._prepare(base, config, dtype=dtype, compute_dtype=compute_dtype)
         finally:  # weights that are not finite explain an error of the trials, too
@@ -97,9 +120,11 @@ class TorchEngine:
         self.adapted = self._selection.lines
         # A compiler fuses by itself, and better if it sees whole layers.
         on_cuda = self._device.type == "cuda"
-        self._fused = {} if config.compile else fuse(self.model, dtype=dtype, cuda=on_cuda)
+        gather: Any = partial(self._sharding.gather_each, base=base) if self._sharding else iter
+        runner_class = self._sharding.ShardedRunner if self._sharding else self.runner_class
+        self._fused = {} if config.compile else fuse(self.model, dtype=dtype, cuda=on_cuda, gather=gather)
         ends = self.tokenizer.pad_token_id, self.tokenizer.eos_token_id
-        self._runner = self.runner_class(
+        self._runner = runner_class(
             base,
             compute_dtype=compute_dtype,
             compiled=config.compile,
@@ -115,8 +140,13 @@ class TorchEngine:
         self._modules = [*self.model.modules()]
         self._trained = adapter.trained_parameters(self.model)
         self._optimizer = optimizer.make_optimizer(self._trained, config)
-        self._step_losses: list[DeviceLosses] = []  # of the micro-steps since the last clipping
-        self._calls: list[Callable[[], object]] = []  # the passes of the step so far, and what seeds them
+        self._step_losses: list[DeviceLosses] = []  # of the passes whose gradients are summed here
+        # The passes that have added to the gradients, and what seeds them.
+        self._calls: list[Callable[[], object]] = []
+        self._exchange: Exchange | None = None
+        if self.world_size > 1:
+            trained = [*self._trained.values()]
+            self._exchange = Exchange(trained, self._ranks, config.reduction, clear=self._clear_gradients)
 
     @property
     def parameters(self) -> tuple[int, int]:
@@ -147,6 +177,7 @@ class TorchEngine:
             "optimizer": f"fused {type(self._optimizer).__name__}",
             "gradient_checkpointing": self._gradient_checkpointing,
             "compiled": bool(self._compiled),
+            **({"reduction": "fast", "ranks": self.world_size} if self._sums_fast else {}),
             **quantization.environment(self._quantization),
             **self._selection.recorded,
         }
@@ -156,6 +187,7 @@ class TorchEngine:
         threads = recorded.get("threads")
         if isinstance(threads, int) and threads >= 1:
             self._threads = threads
+            runtime.warn_of_threads(threads, self._ranks.local_count)
 
     @cached_property
     def deterministic(self) -> bool:
@@ -182,12 +214,28 @@ class TorchEngine:
         """Build the row that the passes take; for CUDA in page-locked memory."""
         return out_of_memory("step")(partial(Row.of, page_locked=self._device.type == "cuda"))
 
+    @out_of_memory("step")
+    def accumulate(
+        self, batches: Sequence[MicroBatch], *, seed: int, step: int, tokens: int
+    ) -> Sequence[Losses]:
+        """Forward and backward of all micro-batches; gradients are summed in their order."""
+        if self._exchange is None:
+            return accumulate_alone(self, batches, seed=seed, step=step, tokens=tokens)
+        require_same_step(self._ranks, batches, step=step, tokens=tokens)
+        losses: dict[int, DeviceLosses] = {}
+
+        def compute(micro_step: int) -> None:
+            self.begin_micro_step(seed=seed, step=step, micro_step=micro_step)
+            losses[micro_step] = self.micro_step(batches[micro_step], tokens=tokens)
+
+        self._exchange.accumulate(compute, len(batches))
+        fetch([*losses.values()])
+        return gather_losses(self._ranks, batches, losses)
+
     def begin_micro_step(self, *, seed: int, step: int, micro_step: int) -> None:
         """Seed every random generator; the first micro-step clears the gradients."""
         if micro_step == 0:
-            self._optimizer.zero_grad(set_to_none=True)
-            self._step_losses.clear()
-            self._calls.clear()
+            self._clear_gradients()
         self._calls.append(partial(runtime.reseed, seed=seed, step=step, micro_step=micro_step))
         self._calls[-1]()
 
@@ -197,7 +245,7 @@ class TorchEngine:
         self._calls.append(partial(self._train, batch, tokens=tokens))
         if not runtime.is_deterministic(self._calls[-1], model=self._name):  # unlike the trial
             self.deterministic = False
-            self._optimizer.zero_grad(set_to_none=True)  # some have the gradient already: make all again
+            self._drop_gradients()  # some have the gradient already: make all again
             for call in self._calls:
                 call()
         return self._step_losses[-1]
@@ -226,6 +274,11 @@ class TorchEngine:
         """Whether all trained weights and moments are finite."""
         moments = [value for state in self._optimizer.state.values() for value in state.values()]
         return runtime.all_finite([*self._trained.values(), *moments], on_cpu=self._device.type == "cpu")
+
+    def checksum(self) -> int:
+        """A sum of the bits of all trained weights, moments and counters, each tensor with its factor."""
+        moments = [value for state in self._optimizer.state.values() for value in state.values()]
+        return runtime.checksum([*self._trained.values(), *moments], self._device)
 
     @out_of_memory("evaluate")
     def evaluate(self, batch: MicroBatch) -> DeviceLosses:
@@ -291,6 +344,10 @@ class TorchEngine:
         has_room = self._device.type == "cuda" and 2 * nbytes <= torch.cuda.mem_get_info(self._device)[0]
         return str(self._device) if has_room else None
 
+    def release_memory(self) -> None:
+        """Return freed memory of the device to the system."""
+        runtime.release_memory(self._device)
+
     def device_memory(self) -> DeviceMemory | None:
         """Memory used on the device; None on a CPU."""
         return runtime.device_memory(self._device)
@@ -298,8 +355,16 @@ class TorchEngine:
     def close(self) -> None:
         """Release model, optimizer and caches."""
         del self.model, self._modules, self._runner, self._trained, self._optimizer, self.tokenizer
-        del self._calls, self._step_losses
+        del self._calls, self._step_losses, self._exchange
         self.release_memory()
+
+    def _clear_gradients(self) -> None:
+        self._drop_gradients()
+        self._step_losses.clear()
+        self._calls.clear()
+
+    def _drop_gradients(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _train(self, batch: MicroBatch, *, tokens: int) -> None:
         settings = self._settings(warn_only=not self.deterministic)

@@ -34,7 +34,7 @@ def start(
     else:  # the files have them where the model no longer does
         weights = stored_weights(config.model, dtype=dtype)
     if not runs_beside(device):
-        digest = loading.fingerprint(_describe(weights, config.model, None))
+        digest = loading.fingerprint(describe(weights, config.model))
         return lambda: digest
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     if stream is not None:
@@ -43,7 +43,7 @@ def start(
     def read_device() -> str:
         with torch.cuda.stream(stream):  # with None: nothing
             block = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=stream is not None)
-            return loading.fingerprint(_describe(weights, config.model, block))
+            return loading.fingerprint(describe(weights, config.model, block))
 
     pool = ThreadPoolExecutor(1, thread_name_prefix="distrust-fingerprint")
     digest_of_device = pool.submit(read_device)
@@ -57,8 +57,8 @@ def runs_beside(device: torch.device) -> bool:
 
 
 @torch.no_grad()
-def _describe(
-    weights: Iterable[tuple[str, Tensor]], model: str, block: Tensor | None
+def describe(
+    weights: Iterable[tuple[str, Tensor]], model: str, block: Tensor | None = None
 ) -> Iterator[tuple[str, str, tuple[int, ...], Iterator[Any]]]:
     """Weights in the form that :func:`distrust.engines.loading.fingerprint` takes.
 

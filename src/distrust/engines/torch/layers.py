@@ -36,18 +36,20 @@ MIN_MULTIPLICATIONS = 2**27
 ROTARY = "apply_rotary_pos_emb"
 
 
-def fuse(model: torch.nn.Module, *, dtype: torch.dtype, cuda: bool = False) -> dict[str, int]:
+def fuse(
+    model: torch.nn.Module, *, dtype: torch.dtype, cuda: bool = False, gather: Any = iter
+) -> dict[str, int]:
     """Replace the ``forward`` of every layer that has an equivalent fused one; counts them by kind.
 
     The model has its adapter and is in evaluation mode; ``dtype`` is that of the states between layers. Only
     on CUDA, liger-kernel is used, where it is installed, and layers with a quantized base are fused, too: on
-    CPUs, runs keep the bits that they had.
+    CPUs, runs keep the bits that they had. ``gather`` yields modules, each while its weights are whole.
     """
     counts = {"lora": 0, "norm": 0, "gate": 0}
     fused_lora = _FusedLora(RoundedFactors(dtype))
     library = liger.load() if cuda else None
     kernels = [kernels for kernels in (library, _TorchKernels) if kernels]
-    for module in reversed([*model.modules()]):  # parts first: the trial of a gate runs its fused layers
+    for module in gather(reversed([*model.modules()])):  # parts first: a gate's trial runs its fused layers
         for kind, fused in _candidates(module, fused_lora, kernels, cuda):
             if _is_equivalent(module, fused, dtype, gradients=cuda):
                 module.forward = partial(_forward, module, fused)
@@ -78,7 +80,8 @@ def _is_plain_lora(module: Any, *, quantized: bool) -> bool:
     from peft.tuners.lora import layer
 
     base = getattr(module, "base_layer", None)
-    kind: Any = layer.Linear if type(base) is torch.nn.Linear else None
+    # The class is another one under FSDP2.
+    kind: Any = layer.Linear if getattr(type(base), "forward", None) is torch.nn.Linear.forward else None
     if quantized and is_quantized(base):
         from peft.tuners.lora import bnb
 

@@ -20,9 +20,9 @@ from distrust.errors import ConfigError, ModelError
 
 
 def load_model(
-    name: str, *, dtype: torch.dtype, device: torch.device, quantized: Quantization
+    name: str, *, dtype: torch.dtype, device: torch.device, quantized: Quantization, parts: int = 1
 ) -> torch.nn.Module:
-    """Load a causal language model of transformers, in evaluation mode.
+    """Load a causal language model of transformers, in evaluation mode; of several parts, this rank's.
 
     Raises:
         ModelError: if the model cannot be loaded, or its files lack weights.
@@ -35,7 +35,11 @@ def load_model(
             "give the model that it was made of"
         )
     options = quantization.loading_options(quantized, dtype=dtype, device=device)
-    if device.type == "cuda":
+    if parts > 1:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(fsdp_size=parts)  # selects the device of this rank
+    elif device.type == "cuda":
         options["device_map"] = {"": device}  # no copy of the model in the host's memory
     from transformers import AutoModelForCausalLM
 
@@ -164,8 +168,8 @@ def is_quantized_by_mlx(name: str) -> bool:
     return any("bits" in entry and "quant_method" not in entry for entry in dicts)
 
 
-def stored_weights(name: str, *, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights in a model's files, by name, each read when it is asked for.
+def stored_weights(name: str, *, dtype: torch.dtype | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights in a model's files, by name, each read when it is asked for; None: in their own dtype.
 
     The names are those of the files; only few models rename or merge weights when they are loaded.
     """
@@ -176,4 +180,4 @@ def stored_weights(name: str, *, dtype: torch.dtype) -> Iterator[tuple[str, torc
         files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
         file_of = {label: file for file in files for label in file.keys()}  # noqa: SIM118  # no mapping
         for label in sorted(file_of):
-            yield label, file_of[label].get_tensor(label).to(dtype)
+            yield label, file_of[label].get_tensor(label).to(dtype=dtype)

@@ -131,10 +131,12 @@ class ModelRunner:
         with self._autocast():
             output = self._outputs(row, arrays).index_select(0, arrays.predictor_index)  # [m, ...]
         if self.uses_chunked_loss:
-            hidden = output.to(self._compute_dtype)
-            return chunked_losses(hidden, self._head, arrays.targets, token_weights)
+            return self._head_losses(output.to(self._compute_dtype), arrays.targets, token_weights)
         losses = token_losses(output, arrays.targets)
         return (losses * token_weights).sum(), losses.detach()
+
+    def _head_losses(self, hidden: Tensor, *arrays: Tensor) -> tuple[Tensor, Tensor]:
+        return chunked_losses(hidden, self._head, *arrays)
 
     def _outputs(self, row: Row, arrays: DeviceRow) -> Tensor:
         """Last hidden states [n, width], or logits [n, vocabulary], of all tokens."""
@@ -165,7 +167,7 @@ class ModelRunner:
     @torch.no_grad()
     def _head_makes_logits(self) -> bool:
         """Whether the head maps the last hidden state to the logits, with nothing before or after it."""
-        if type(self._head) is not torch.nn.Linear or self._model.base_model is self._model:
+        if type(self._head).forward is not torch.nn.Linear.forward or self._model.base_model is self._model:
             return False
         recorded: list[Tensor] = []  # input and output of the head
         hook = self._head.register_forward_hook(lambda _, inputs, output: recorded.extend([*inputs, output]))

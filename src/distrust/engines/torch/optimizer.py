@@ -7,7 +7,7 @@ weights, moments and gradients. It does not check shapes, so :func:`list_differe
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -42,40 +42,55 @@ def _count_change(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 @torch.no_grad()
-def restore(state: EngineState, trained: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """Copy a state of either engine into parameters and their optimizer; ResumeRefused changes nothing."""
+def restore(
+    state: EngineState,
+    trained: Mapping[str, Any],
+    optimizer: torch.optim.Optimizer,
+    *,
+    undivided: Mapping[str, Any] | None = None,
+    take: Callable[[Any], torch.Tensor] = torch.as_tensor,
+) -> None:
+    """Copy a state of either engine into parameters and their optimizer; ResumeRefused changes nothing.
+
+    If they are parts of ``undivided`` ones, ``take`` takes the part of a saved array.
+    """
+    undivided = undivided or trained
     state = state_conversion.to_torch(state, optimizer.state_dict()["param_groups"])
-    differences = state_conversion.list_differences(state.model, trained)
-    differences += list_differences(state.optimizer, optimizer)
+    differences = state_conversion.list_differences(state.model, undivided)
+    differences += list_differences(state.optimizer, optimizer, undivided)
     state_conversion.require_no_differences(differences, state.model)
     for name, parameter in trained.items():
-        parameter.copy_(state.model[name])
-    load(state.optimizer, optimizer)
+        parameter.copy_(take(state.model[name]))
+    load(state.optimizer, optimizer, take)
 
 
-def list_differences(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> list[str]:
-    """One line for each reason why a saved state is not one of this optimizer.
+def list_differences(
+    saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, parameters: Mapping[str, Any]
+) -> list[str]:
+    """One line for each reason why a saved state is not one of this optimizer of ``parameters``, by name.
 
     Guards the fused kernel, which would read and write beyond moments that are too small.
     """
     # Moments are numbered by the order of the parameters, so the order must be the same, too.
     if _parameter_names(saved["param_groups"]) != _parameter_names(optimizer.param_groups):
         return ["the optimizer's parameters have other names, or another order"]
-    parameters: list[tuple[str, torch.nn.Parameter]] = []
-    for group in optimizer.param_groups:
-        parameters += zip(group["param_names"], group["params"], strict=True)
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
     state = saved.get("state")
-    if not isinstance(state, Mapping) or not set(state) <= set(range(len(parameters))):
+    if not isinstance(state, Mapping) or not set(state) <= set(range(len(names))):
         return ["the optimizer's moments are of parameters that it does not have"]
     return [
-        line for number, values in state.items() for line in _moment_differences(values, *parameters[number])
+        line
+        for number, values in state.items()
+        for line in _moment_differences(values, names[number], parameters[names[number]])
     ]
 
 
-def load(saved: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+def load(
+    saved: Mapping[str, Any], optimizer: torch.optim.Optimizer, take: Callable[[Any], torch.Tensor]
+) -> None:
     """Load a saved state for which :func:`list_differences` returned no lines."""
     moments = {
-        number: {name: _own_tensor(value) for name, value in values.items()}
+        number: {name: _own_tensor(take(value)) for name, value in values.items()}
         for number, values in saved["state"].items()
     }
     # Of the saved options only the learning rate counts: the others are compared with the run's, and the

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,8 +26,11 @@ _TORCH: Any = torch  # for what it declares no types of
 _get_precision, _set_precision = _TORCH._C._get_fp32_precision_getter, _TORCH._C._set_fp32_precision_setter
 
 
-def choose_device(requested: str) -> torch.device:
-    """The device that ``--device`` selects; sets the variables that CUDA reads when it starts."""
+def choose_device(requested: str, *, local_index: int = 0, local_count: int = 1) -> torch.device:
+    """The device that ``--device`` selects; sets the variables that CUDA reads when it starts.
+
+    Each of several ranks on a machine has a GPU of its own, unless ``--device`` names one.
+    """
     available = {
         "cuda": torch.cuda.is_available(),
         **{f"cuda:{index}": True for index in range(torch.cuda.device_count())},
@@ -43,7 +46,29 @@ def choose_device(requested: str) -> torch.device:
         if not {"PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():  # its older names
             # Each step has another number of tokens, which would leave gaps between fixed segments.
             os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        if local_count > 1 and str(device) == "cuda":
+            gpus = torch.cuda.device_count()
+            if gpus < local_count:
+                raise ConfigError(
+                    f"--device {requested}: {local_count} ranks on this machine with {gpus} GPUs: start "
+                    f"{gpus} ranks on it, or let them share a GPU by --device cuda:0"
+                )
+            return torch.device("cuda", local_index)
     return device
+
+
+def share_of_threads(local_count: int) -> int:
+    """CPU threads of each of ``local_count`` ranks on this machine, unless OMP_NUM_THREADS says it."""
+    threads = torch.get_num_threads()
+    return threads if "OMP_NUM_THREADS" in os.environ else max(1, threads // local_count)
+
+
+def warn_of_threads(threads: int, local_count: int) -> None:
+    """Warn if the threads that a run began with are too many for its ranks on this machine."""
+    share = (os.cpu_count() or 1) // local_count
+    if local_count > 1 and threads > max(1, share):
+        problem = f"{local_count} ranks share {os.cpu_count()} cores, with {threads} threads each"
+        warn_once(f"{problem}, as the run began: --threads {share or 1} is faster, and gives other last bits")
 
 
 def choose_dtype(requested: Dtype, device: torch.device) -> Precision:
@@ -195,6 +220,15 @@ def all_finite(tensors: list[torch.Tensor], *, on_cpu: bool) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
+@torch.no_grad()
+def checksum(tensors: Sequence[torch.Tensor], device: torch.device) -> int:
+    """Σ (2i + 1) · the sum of tensor i's elements, read as integers, modulo 2^64; one transfer."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    sums = [tensor.view(integers[tensor.element_size()]).sum().to(device) for tensor in tensors]
+    factors = 2 * torch.arange(len(sums), device=device) + 1
+    return int((torch.stack(sums) * factors).sum())
+
+
 def device_memory(device: torch.device) -> DeviceMemory | None:
     """Memory used on the device; None for the CPU, whose memory is the host's."""
     if device.type == "cuda":
@@ -223,14 +257,19 @@ def _accelerator(device: torch.device) -> Any:
     return getattr(torch, device.type)  # torch.cuda or torch.mps
 
 
+def repeated_blocks(model: Any) -> list[torch.nn.Module]:
+    """The layers that a model consists of, as it declares them; empty if it does not."""
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in classes]
+
+
 def compile_layers(model: Any) -> int:
     """Have torch compile the repeated blocks of a model, each when it first runs; returns their number.
 
     One block at a time: blocks of one class share compiled code, and attention, which differs for each packed
     batch, stays outside the graphs.
     """
-    block_classes = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in block_classes]
+    blocks = repeated_blocks(model)
     if not blocks:
         raise ConfigError("--compile: this model does not declare its repeated blocks; leave it out")
     for block in blocks:
