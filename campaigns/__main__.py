@@ -14,7 +14,7 @@ import sys
 
 CAMPAIGNS = (
     "power_loss", "failing_calls", "killed_saves", "kills", "signals", "damage", "failing_disks",
-    "concurrency", "fuzz", "integrations", "long_run",
+    "concurrency", "fuzz", "integrations", "ranks", "long_run",
 )  # fmt: skip
 
 

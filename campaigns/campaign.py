@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shlex
 import sys
 import time
 from collections import Counter
@@ -160,7 +161,7 @@ def _own_options(options: argparse.ArgumentParser, parsed: argparse.Namespace) -
     for action in options._actions:
         value = getattr(parsed, action.dest, None)
         if action.dest not in shared and value != action.default:
-            text += f" {action.option_strings[0]}" + ("" if value is True else f" {value}")
+            text += f" {action.option_strings[0]}" + ("" if value is True else f" {shlex.quote(str(value))}")
     return text
 
 

@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 from campaigns.child import HANG_SECONDS, PYTHON, Child, ChildFailed, default_sigint, python_environment
 
@@ -90,7 +90,26 @@ class _Fork:
                 os.kill(self.pid, number)
 
 
-Launcher = Command | Forks  # starts processes that append what they print to two files
+class Process(Protocol):
+    """What a session watches: one process, or several that count as one."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+
+    def send_signal(self, number: int, /) -> None: ...
+
+
+class Launcher(Protocol):
+    """Starts processes that append what they print to two files."""
+
+    @property
+    def name(self) -> str:
+        """For the counts."""
+
+    def start(self, arguments: Sequence[str], *, out: Path, err: Path) -> Process: ...
 
 
 class Session:
@@ -117,6 +136,10 @@ class Session:
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def process(self) -> Process:
+        return self._process
 
     @property
     def seconds(self) -> float:

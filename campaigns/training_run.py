@@ -100,6 +100,11 @@ class TrainingRun:
     def checkpoints(self) -> Path:
         return self.out / catalog.RUN_SUBDIRECTORY
 
+    @property
+    def arguments(self) -> list[str]:
+        """Of the command line."""
+        return ["train", "--out", str(self.out), *self.options]
+
     def with_options(self, *options: str) -> TrainingRun:
         return replace(self, options=[*self.options, *options])
 
@@ -107,8 +112,8 @@ class TrainingRun:
         """Start the command, from the beginning or from the newest checkpoint."""
         folder = self.log_folder or self.out
         folder.mkdir(parents=True, exist_ok=True)
-        arguments, hang = ["train", "--out", str(self.out), *self.options], self.hang_seconds
-        return Session(self.launcher, arguments, folder=folder, directory=self.checkpoints, hang_seconds=hang)
+        paths = {"folder": folder, "directory": self.checkpoints}
+        return Session(self.launcher, self.arguments, **paths, hang_seconds=self.hang_seconds)
 
     def disturb(self, number: int, trigger: Trigger, delay: float = 0.0) -> tuple[Session, int]:
         """Start it, send a signal, wait for its end; returns the session and the exit code."""

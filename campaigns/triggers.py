@@ -46,14 +46,19 @@ def random_disk_event(rng: random.Random, count: int) -> Trigger:
 
 def send_at(session: Session, number: int, trigger: Trigger, delay: float = 0.0) -> bool:
     """Send a signal ``delay`` seconds after a trigger; False if the process had ended by then."""
+    is_running = wait_for(session, trigger, delay)
+    if is_running:
+        session.send(number)
+    return is_running
+
+
+def wait_for(session: Session, trigger: Trigger, delay: float = 0.0) -> bool:
+    """Wait until ``delay`` seconds after a trigger; False if the process had ended by then."""
     condition = trigger(session)
     while session.running and not condition():
         time.sleep(POLL_SECONDS)
     _pause(session, delay)
-    if not session.running:
-        return False
-    session.send(number)
-    return True
+    return session.running
 
 
 def _pause(session: Session, seconds: float) -> None:

@@ -140,15 +140,16 @@ def _parse_once() -> None:
     from distrust.cli import train
 
     os.fsync = lambda fd: None  # for power cuts, which other campaigns make
-    parse = train.parse
+    parse = train._parse
     parse_once = functools.cache(lambda line: parse([*line]))
-    train.parse = lambda arguments: (
+    train._parse = lambda arguments: (
         parse(arguments) if "--config" in arguments else parse_once(tuple(arguments))
     )
 
 
 def _replace_slow_parts() -> None:
     from distrust import demo, engines
+    from distrust.ranks import SINGLE
     from distrust.reporting import figures, weights_figure
 
     def draw(file: Any, *_: Any, **__: Any) -> None:
@@ -158,7 +159,7 @@ def _replace_slow_parts() -> None:
         def log(self, *_: Any, **__: Any) -> None: ...
         def finish(self, *_: Any, **__: Any) -> None: ...
 
-    engines.create_engine = lambda config, *, objects=None: ToyEngine()
+    engines.create_engine = lambda config, *, objects=None, ranks=SINGLE: ToyEngine()
     figures.draw = lambda *_, **__: None
     figures.render = lambda *_, **__: _PICTURE
     weights_figure.plot_weights = draw

@@ -68,7 +68,7 @@ def removes_the_existing_checkpoint(monkeypatch):
         file.discard()
         if exception[0] is not None:
             with contextlib.suppress(OSError):
-                os.unlink(file._path)
+                os.unlink(file.path)
 
     monkeypatch.setattr(AtomicCheckpointFile, "__exit__", leave)
 
@@ -77,7 +77,7 @@ def removes_another(monkeypatch):
     def leave(file, *exception):
         file.discard()
         if exception[0] is not None:
-            for path in file._path.parent.glob("checkpoint-*"):
+            for path in file.path.parent.glob("checkpoint-*"):
                 path.unlink()
 
     monkeypatch.setattr(AtomicCheckpointFile, "__exit__", leave)

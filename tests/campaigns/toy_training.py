@@ -41,7 +41,7 @@ def stops_without_saving(arguments: Sequence[str]) -> int:
 
 
 def train(arguments: Sequence[str], engine: type[ToyEngine]) -> int:
-    engines.create_engine = lambda config: engine()
+    engines.create_engine = lambda config, **_: engine()
     return cli.main(arguments)
 
 
