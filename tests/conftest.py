@@ -64,7 +64,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 #: Programs whose processes are forks, each with what it imports before.
 FORKED = {
-    "torch": IMPORTS,
+    "torch": [*IMPORTS, "distrust.engines.torch.elastic"],
     "mlx": ["distrust.cli.train", "distrust.engines.mlx.engine", "distrust.reporting.console"],
     "jax": ["jax.numpy", "ml_dtypes", "distrust.checkpoint.manager"],
     "fuzz": ["campaigns.fuzz.__main__", "distrust.cli.convert", "distrust.cli.train"],

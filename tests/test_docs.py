@@ -11,11 +11,13 @@ import pytest
 
 from distrust import TrainConfig
 from distrust.cli import COMMANDS
+from distrust.cli.launch import Launch
 from distrust.config import flag
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 FLAGS = {flag(field.name) for field in fields(TrainConfig)}
+OF_LAUNCHER = {flag(field.name) for field in fields(Launch)}
 
 
 def rows():
@@ -29,15 +31,17 @@ def rows():
             yield section, their_option, our_option, note
 
 
+#: Flags of distrust train that are no options of a run.
+TRAIN_FLAGS = {"--config", "--resume", "--nproc", "--nnodes", "--rendezvous", "--max-restarts"}
+
+
 def test_what_is_named_as_ours_is_there():
     named = {name for *_, our_option, _ in rows() for name in re.findall(r"`([^`]+)`", our_option)}
-    flags = {name for name in named if name.startswith("--")} - {"--config", "--resume"}
+    flags = {name for name in named if name.startswith("--")} - TRAIN_FLAGS
     commands = {name.removeprefix("distrust ") for name in named if name.startswith("distrust ")}
-    assert flags <= FLAGS
+    assert flags <= FLAGS | OF_LAUNCHER
     assert commands <= COMMANDS.keys()
-    assert named - {f"distrust {name}" for name in commands} - flags - {"--config", "--resume"} == {
-        "TrainConfig"
-    }
+    assert named - {f"distrust {name}" for name in commands} - flags - TRAIN_FLAGS == {"TrainConfig"}
 
 
 def test_every_row_says_something_and_only_once():
@@ -70,10 +74,10 @@ def test_what_everybody_sets_is_found(section):
 
 def test_flags_in_notes_are_there_too():
     """Beside ours, notes name flags of the commands and of theirs."""
-    of_commands = {"--best", "--compare", "--format", "--config", "--resume"}
+    of_commands = {"--best", "--compare", "--format", *TRAIN_FLAGS}
     for *_, note in rows():
         for name in re.findall(r"--[a-z][a-z0-9-]+", note):
-            assert name in FLAGS | of_commands, name
+            assert name in FLAGS | OF_LAUNCHER | of_commands, name
 
 
 def test_the_reference_of_options_is_up_to_date():

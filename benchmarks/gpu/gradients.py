@@ -72,8 +72,7 @@ def _engine_and_batch(setting: Setting, options: Mapping[str, Any]) -> tuple[Eng
 
 
 def _pass(engine: Engine, batch: MicroBatch, step: int) -> Any:
-    engine.begin_micro_step(seed=1, step=step, micro_step=0)
-    return engine.micro_step(batch, tokens=batch.tokens)
+    return engine.accumulate([batch], seed=1, step=step, tokens=batch.tokens)[0]
 
 
 def _gradient_digest(engine: Any) -> str:

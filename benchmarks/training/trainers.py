@@ -68,13 +68,13 @@ def ours(work: Work, clock: Clock, *, deterministic: bool = True, **options: Any
 
     def create(config: Any) -> Any:
         engine = engines.create_engine(config)
-        micro_step = engine.micro_step
+        accumulate = engine.accumulate
 
-        def count(batch: Any, *, tokens: int) -> Any:
-            examples[0] += len(batch.examples)
-            return micro_step(batch, tokens=tokens)
+        def count(batches: Any, **options: Any) -> Any:
+            examples[0] += sum(len(batch.examples) for batch in batches)
+            return accumulate(batches, **options)
 
-        engine.micro_step = count  # type: ignore[method-assign]
+        engine.accumulate = count  # type: ignore[method-assign]
         return engine
 
     def watch(event: Any) -> None:

@@ -115,9 +115,7 @@ def _seconds(engine: Engine, plan: PreparedData, step: int) -> float:
     batches = [engine.prepare(batch) for batch in plan.batches.step(step)]
     began = time.perf_counter()
     tokens = sum(batch.tokens for batch in batches)
-    for micro_step, batch in enumerate(batches):
-        engine.begin_micro_step(seed=plan.config.seed, step=step, micro_step=micro_step)
-        engine.micro_step(batch, tokens=tokens)
+    engine.accumulate(batches, seed=plan.config.seed, step=step, tokens=tokens)
     engine.clip_gradients(plan.config.max_grad_norm)
     engine.update(learning_rate=LEARNING_RATE)
     synchronize(plan.config.device)
