@@ -18,6 +18,7 @@ import os
 import stat
 import struct
 import sys
+from functools import partial
 from pathlib import Path
 
 from distrust.checkpoint import direct_io
@@ -93,17 +94,9 @@ class Disk:
 
     def write(self, descriptor: int, view: memoryview, offset: int) -> None:
         """Write all of ``view``: whole pages, page-aligned, as is ``offset``."""
-        begin, length, is_buffered = offset, len(view), False
+        begin, length = offset, len(view)
         while view:
-            try:
-                written = os.pwrite(descriptor, view, offset)
-            except OSError as error:
-                if error.errno != errno.EINVAL or is_buffered:
-                    raise
-                # Some file systems refuse direct I/O only here, or the unaligned rest of a short write.
-                direct_io.disable(descriptor)
-                is_buffered = True
-                continue
+            written = direct_io.transfer(descriptor, partial(os.pwrite, descriptor, view, offset))
             view = view[written:]
             offset += written
         _start_write_back(descriptor, begin, length)

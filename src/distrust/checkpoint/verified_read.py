@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import bisect
 import ctypes
-import errno
 import itertools
 import mmap
 import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from typing import NamedTuple, Self
 
@@ -226,17 +226,10 @@ class _Prefetcher:
 
 def read_pages(descriptor: int, memory: memoryview, begin: int, end: int) -> None:
     """Read from ``begin``, a multiple of a page, at least to ``end``, with direct I/O if it is enabled."""
-    offset, is_buffered = begin, False
+    offset = begin
     while offset < end:
-        try:
-            count = os.preadv(descriptor, [memory[offset - begin :]], offset)
-        except OSError as error:
-            if error.errno != errno.EINVAL or is_buffered:
-                raise
-            # The file system rejects O_DIRECT on read, or after a short read the unaligned offset.
-            direct_io.disable(descriptor)
-            is_buffered = True
-            continue
+        read = partial(os.preadv, descriptor, [memory[offset - begin :]], offset)
+        count = direct_io.transfer(descriptor, read)
         if count == 0:
             raise CorruptCheckpoint(CUT_WHILE_READ)
         offset += count
