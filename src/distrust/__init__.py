@@ -26,8 +26,8 @@ if TYPE_CHECKING:
         CheckpointDirectoryLocked, CheckpointError, CheckpointNotFound, CheckpointUnreadable, ConfigError,
         CorruptCheckpoint, DamagedCheckpointWarning, DataError, DistrustError, DistrustWarning,
         ExportFailed, MissingDependency, ModelError, NoIntactCheckpoint, NonFiniteLoss, OutOfMemory,
-        RankLost, RanksDiffer, ResumeRefused, RunInProgress, RunNotFound, SaveFailed, UnsupportedState,
-        UnsupportedVersion, WriteFailed,
+        RankLost, RanksDiffer, RemoteError, ResumeRefused, RunInProgress, RunNotFound, SaveFailed, TakenOver,
+        UnsupportedState, UnsupportedVersion, WriteFailed, WrongResult,
     )  # fmt: skip
     from distrust.previews import preview
     from distrust.trainer import DistrustTrainer
@@ -57,9 +57,9 @@ __all__ = [
     "CheckpointNotFound", "CheckpointUnreadable", "ConfigError", "CorruptCheckpoint",
     "DamagedCheckpointWarning", "DataError", "DistrustError", "DistrustTrainer", "DistrustWarning",
     "ExportFailed", "MissingDependency", "ModelError", "NoIntactCheckpoint", "NonFiniteLoss",
-    "OutOfMemory", "PendingSave", "RankLost", "RanksDiffer", "ResumeRefused", "RunEnded",
-    "RunInProgress", "RunNotFound", "RunState", "SaveFailed", "TrainConfig", "UnsupportedState",
-    "UnsupportedVersion", "WriteFailed", "load_file",
+    "OutOfMemory", "PendingSave", "RankLost", "RanksDiffer", "RemoteError", "ResumeRefused", "RunEnded",
+    "RunInProgress", "RunNotFound", "RunState", "SaveFailed", "TakenOver", "TrainConfig", "UnsupportedState",
+    "UnsupportedVersion", "WriteFailed", "WrongResult", "load_file",
     "preview", "save_file", "save_file_async", "verify_file",
 ]  # fmt: skip
 

@@ -7,6 +7,7 @@
     ├── ModelError                      a base model or tokenizer cannot be loaded or used
     ├── ResumeRefused                   resuming would not continue the same run
     ├── NonFiniteLoss                   a loss, gradient, weight or moment is not finite
+    ├── WrongResult                     the same step, made twice, has different results
     ├── OutOfMemory                     loading, a step or an evaluation needs more memory than is free
     ├── ExportFailed                    an export could not be written durably
     ├── WriteFailed                     a file was not written; an existing one is unchanged
@@ -14,6 +15,7 @@
     ├── RunNotFound                     a folder contains no run
     ├── RankLost                        another process of the run has ended or does not answer
     ├── RanksDiffer                     the processes of a run have other data, models or weights
+    ├── RemoteError                     an object store cannot be used, refuses, or does not answer
     └── CheckpointError
         ├── CheckpointNotFound          no such checkpoint
         ├── CorruptCheckpoint           a file differs from what was written
@@ -23,6 +25,7 @@
         ├── UnsupportedState            a checkpoint cannot store a value exactly
         ├── CheckpointDirectoryLocked   another writer has locked the directory
         └── SaveFailed                  the checkpoint could not be saved durably
+            └── TakenOver               another process continues the run elsewhere
 
     DistrustWarning                     something a user should know; the program continues
     └── DamagedCheckpointWarning        a damaged checkpoint was skipped, or counts towards no rule
@@ -180,6 +183,15 @@ class NonFiniteLoss(DistrustError):
         self.examples = tuple(examples)  #: ``file:line`` of the examples of that step
 
 
+class WrongResult(DistrustError):
+    """The machine computes wrongly: the same step, made twice, has different results, or weights changed."""
+
+    def __init__(self, message: Iterable[str], *, step: int, differences: Sequence[str]) -> None:
+        super().__init__(message)
+        self.step = step  #: the optimizer step
+        self.differences = tuple(differences)  #: one line each: tensor or quantity, and how it differs
+
+
 class OutOfMemory(DistrustError):
     """Something needs more memory than is free, or than a limit allows. An interrupted step is not saved."""
 
@@ -263,6 +275,19 @@ class SaveFailed(CheckpointError):
         super().__init__(message, path=path)
         self.needed = needed  #: bytes that the checkpoint needs; None if unknown
         self.free = free  #: bytes that were free on the file system; None if unknown
+
+
+class TakenOver(SaveFailed):
+    """Another process continues the run elsewhere: this one must stop. What it saved here stays."""
+
+
+class RemoteError(DistrustError):
+    """An object store cannot be used, refuses, or does not answer."""
+
+    def __init__(self, message: str | Iterable[str], *, url: str, temporary: bool = False) -> None:
+        super().__init__(message)
+        self.url = url  #: the object or prefix
+        self.temporary = temporary  #: whether the same call may succeed later
 
 
 class ErrorTranslator(contextlib.ContextDecorator):

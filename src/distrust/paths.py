@@ -8,12 +8,38 @@ where a file is opened, the open file itself is checked.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 from distrust.checkpoint.files import NOT_REGULAR
+from distrust.checkpoint.remote.location import Location, is_url, parse, require_path
 from distrust.errors import DataError, DistrustError, WriteFailed, quote_untrusted
+
+
+def cache_folder(option: str | None = None) -> Path:
+    """The cache folder: the option, else $DISTRUST_CACHE, else ``distrust`` in the user's cache folder."""
+    if option is not None:
+        return Path(option)
+    if os.environ.get("DISTRUST_CACHE"):
+        return require_path(os.environ["DISTRUST_CACHE"], "$DISTRUST_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "distrust"
+
+
+def local_folder(name: str) -> Path:
+    """The folder that a user named; for a URL, the one in the cache that holds its local copy."""
+    if not is_url(name):
+        return Path(name)
+    return cache_folder() / "runs" / cache_name(parse(name, "--out"))
+
+
+def cache_name(location: Location) -> str:
+    """The name of a location's folder in the cache."""
+    digest = hashlib.sha256(str(location).encode()).hexdigest()[:12]  # names of buckets need not be unique
+    return f"{location.name or location.bucket}-{digest}"
 
 
 def refuse_links(*paths: Path) -> None:

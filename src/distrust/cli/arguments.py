@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from distrust.checkpoint.remote.location import require_path
 from distrust.cli import COMMANDS
 from distrust.errors import printable
 from distrust.reporting.display import to_json
 
-TARGET = "a run, a directory of checkpoints, or one checkpoint"
+TARGET = "a run, a directory of checkpoints, or one checkpoint: a path or URL"
 NEWEST_INTACT = f"{TARGET}; of several, the newest intact one"
 _EXAMPLES = "examples:\n"
 
@@ -23,9 +25,18 @@ class _HelpFormatter(argparse.HelpFormatter):
         return text if text.startswith(_EXAMPLES) else super()._fill_text(text, width, indent)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Refuses a URL where a path is wanted: for every argument of that type, so that none is forgotten."""
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        if action.type is Path or action.dest == "model":
+            require_path(arg_string, "/".join(action.option_strings) or str(action.metavar or action.dest))
+        return super()._get_value(action, arg_string)
+
+
 def parser(verb: str, *, description: str, examples: Sequence[str]) -> argparse.ArgumentParser:
     """The parser of a command. Its help begins with what the command does and ends with examples."""
-    return argparse.ArgumentParser(
+    return _Parser(
         prog=f"distrust {verb}",
         description=f"{COMMANDS[verb][0].upper()}{COMMANDS[verb][1:]}. {description}",
         epilog=_EXAMPLES + "\n".join(f"  {example}" for example in examples),
