@@ -92,9 +92,21 @@ OPTIONS = [
     "metric_mode",
     "early_stopping_patience",
     "save_every",
+    "save_budget",
+    "save_bytes_per_day",
     "keep_last",
     "keep_best",
     "keep_every",
+    "mirror",
+    "mirror_keep_last",
+    "mirror_keep_best",
+    "mirror_keep_every",
+    "mirror_timeout",
+    "take_over",
+    "step_snapshots",
+    "on_preemption",
+    "recheck_every",
+    "on_mismatch",
     "report_to",
     "log_every",
     "engine",
@@ -116,6 +128,7 @@ OPTIONS = [
 NAMES = {field.name for field in fields(TrainConfig)}
 
 #: For each option two valid values, and one that is invalid.
+MIRROR = ("mirror_keep_last", "mirror_keep_best", "mirror_keep_every", "mirror_timeout", "take_over")
 VALUES = {
     "model": ("a", "b"),
     "chat_template": ("chatml", None, ""),
@@ -189,7 +202,19 @@ VALUES = {
     "reduction": ("fast", "exact", "slow"),
     "shard": ("base", "none", "some"),
     "rank_timeout": (0.5, 900.0, 0.0),
-    "save_every": (0, 7, -1),
+    "save_every": (7, "auto", "5d"),
+    "save_budget": (0.01, 1.0, 0.0),
+    "save_bytes_per_day": (0.5, 1000.0, 0.0),
+    "mirror": ("s3://bucket/run", "folder", ""),
+    "mirror_keep_last": (1, None, 0),
+    "mirror_keep_best": (0, None, -1),
+    "mirror_keep_every": (1, None, 0),
+    "mirror_timeout": (0.0, 600.0, -1.0),
+    "take_over": (True, False),
+    "step_snapshots": (True, False),
+    "on_preemption": (("file:/a", "command:b c", "aws"), (), ("file:",)),
+    "recheck_every": (1, None, 0),
+    "on_mismatch": ("stop", "rewind", "warn"),
     "keep_last": (1, 7, 0),
     "keep_best": (0, 7, -1),
     "keep_every": (1, None, 0),
@@ -327,8 +352,9 @@ def test_common_flags():
 @pytest.mark.parametrize("name", sorted(NAMES))
 def test_bounds(name):
     valid, invalid = VALUES[name][:2], VALUES[name][2:]
+    mirror = {"mirror": "runs/mirror"} if name in MIRROR else {}
     for value in valid:
-        assert getattr(TrainConfig(**{name: value}), name) == value
+        assert getattr(TrainConfig(**mirror | {name: value}), name) == value
     for value in invalid:
         with pytest.raises(ConfigError) as error:
             TrainConfig(**{name: value})
@@ -358,6 +384,14 @@ def test_all_problems_are_reported_at_once():
 def test_adapter_options_require_an_adapter(name, value):
     with pytest.raises(ConfigError, match=f"{flag(name)} is .*: give a --lora-rank; 0 makes no adapter"):
         TrainConfig(lora_rank=0, **{name: value})
+
+
+@pytest.mark.parametrize("name", MIRROR)
+def test_options_of_a_mirror_require_one(name):
+    value = VALUES[name][0]
+    with pytest.raises(ConfigError, match=f"^{flag(name)} is {value}: it needs --mirror, or an --out that"):
+        TrainConfig(**{name: value})
+    assert getattr(TrainConfig(out="s3://bucket/run", **{name: value}), name) == value
 
 
 def test_quantization_requires_an_adapter():

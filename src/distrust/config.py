@@ -10,17 +10,39 @@ an option decides what happens if it differs at a resume:
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import Field, dataclass, fields
-from datetime import date
 from functools import cache
 from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
+from distrust.checkpoint.remote.location import is_url, parse
 from distrust.checkpoint.retention import MetricMode
 from distrust.errors import ConfigError
+from distrust.option_values import (
+    BUNDLED,
+    DATE,
+    DEVICE,
+    FLOAT32,
+    MAX_RECORD_BYTES,
+    METRIC,
+    NAME,
+    PREEMPTION_NOTICE,
+    SAVE_INTERVAL,
+    Clipping,
+    Dtype,
+    EngineName,
+    OnLong,
+    OnMismatch,
+    Quantization,
+    Reduction,
+    Reporter,
+    Schedule,
+    Shard,
+    WeightingOption,
+    as_names,
+)
 from distrust.options import (
     ABOVE_ZERO,
     BELOW_ONE,
@@ -38,70 +60,14 @@ from distrust.options import (
     read_docs,
     to_plain,
 )
+from distrust.paths import local_folder
 from distrust.weighting import ALPHA, ALPHA_RANGE, LAMBDA, MAX_AUTHORITY_WEIGHT
-
-#: As ``model`` or ``data``: the small ones that come with the package.
-BUNDLED = "bundled"
-#: As ``data`` and as ``model``: examples, or a model, that a program passed in. They name no file.
-EXAMPLES, MODEL_OBJECT = "<examples>", "<model object>"
-FLOAT32_MAX = 3.4e38
-MAX_RECORD_BYTES = 1 << 24  # 16 MiB: three times the longest books
-
-Precision = Literal["float32", "bfloat16"]
-Dtype = Literal["auto", "float32", "bfloat16"]
-ExportDtype = Literal["float32", "bfloat16", "float16"]
-ExportFormat = Literal["adapter", "mlx", "merged", "state"]
-EngineName = Literal["auto", "torch", "mlx"]
-Reduction = Literal["exact", "fast"]
-Shard = Literal["none", "base", "all"]
-Quantization = Literal["none", "8bit", "4bit"]
-OnLong = Literal["truncate", "drop", "error"]
-Schedule = Literal["cosine", "linear", "constant", "wsd"]
-WeightingOption = Literal["auto", "monotone", "published", "off"]
-Clipping = Literal["weighted", "plain"]
-Reporter = Literal["tensorboard", "wandb"]
-
-#: Metrics of each step, and of each evaluation. Some also exist for each source class: ``eval_loss/CLASS``.
-STEP_METRICS = ("loss", "weighted_loss", "distrust", "gradient_norm", "learning_rate")
-#: Those that are only logged if examples are weighted, and options (by key) that only then have an effect.
-WEIGHT_METRICS = ("weighted_loss", "distrust")
-WEIGHT_OPTIONS = (
-    "alpha", "lambda", "max_ratio", "authority_weight_column", "provenance_entropy_column",
-    "default_authority_weight", "default_provenance_entropy", "clipping",
-)  # fmt: skip
-PER_CLASS_METRICS = ("eval_loss", "eval_perplexity")
-EVALUATION_METRICS = (*PER_CLASS_METRICS, "eval_weighted_loss", "eval_weighted_perplexity")
-
-
-def _is_metric(name: str) -> bool:
-    metric, slash, source_class = name.partition("/")
-    if slash:
-        return metric in PER_CLASS_METRICS and bool(source_class)
-    return metric in STEP_METRICS + EVALUATION_METRICS
-
-
-def _is_date(text: str) -> bool:
-    try:
-        return date.fromisoformat(text).isoformat() == text
-    except ValueError:
-        return False
-
-
-_FLOAT32 = interval(0, FLOAT32_MAX, advice="give 0 or more, in float32's range")
-_NAME = Bound(lambda value: all(as_names(value)), "give a name")
-_DEVICE = Bound(
-    lambda name: re.fullmatch("auto|cpu|mps|cuda(:(0|[1-9][0-9]{0,2}))?", name) is not None,
-    "give one of auto, cpu, cuda, mps, or cuda:N for the GPU of that number",
-)
-_DATE = Bound(_is_date, "give a day as YYYY-MM-DD")
-_METRIC = Bound(
-    _is_metric, f"give one of {', '.join((*STEP_METRICS, *EVALUATION_METRICS))}, or eval_loss/CLASS"
-)
 
 _MODEL, _DATA, _RUN = Group("Model"), Group("Data"), Group("Run")
 _WEIGHTING, _LORA, _OPTIMIZATION = Group("Weighting"), Group("LoRA"), Group("Optimization")
 _EVALUATION, _CHECKPOINTS, _LOGGING = Group("Evaluation"), Group("Checkpoints"), Group("Logging")
 _COMPUTE, _MEMORY, _RANKS = Group("Compute"), Group("Memory"), Group("Processes")
+_MIRROR, _FAULTS = Group("Mirror"), Group("Faults")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,43 +78,43 @@ class TrainConfig:
         ConfigError: naming every invalid option, one per line.
     """
 
-    model: str = _MODEL.free(BUNDLED, _NAME)
+    model: str = _MODEL.free(BUNDLED, NAME)
     """Base model: a folder, a name on the Hugging Face Hub, or "bundled" for the small model that comes with
     the package. A resume compares its weights, not its name."""
-    chat_template: str | None = _MODEL.free(None, _NAME)
+    chat_template: str | None = _MODEL.free(None, NAME)
     """Chat template of conversations: a file, or "chatml" for the one that comes with the package. Default:
     that of the model's tokenizer. A resume compares its content, not its name."""
     max_length: int | None = _MODEL.result(None, interval(2))
     """Maximum tokens of a sequence; see `on_long`. Default: 1024, or the model's context if it is shorter."""
 
-    data: str | tuple[str, ...] | None = _DATA.free(None, _NAME)
+    data: str | tuple[str, ...] | None = _DATA.free(None, NAME)
     """Training examples: one source or several. A source is a file (JSON Lines, JSON, CSV, TSV, Parquet), a
     folder of files, a dataset on the Hugging Face Hub, or "bundled" for the corpus that comes with the
     package. Only for the bundled model there is a default: "bundled". A resume compares the content, not the
     names."""
     mix: tuple[float, ...] | None = _DATA.result(None)
     """Shares of the sources in an epoch, one for each of `data`. Default: all examples of all sources."""
-    split: str = _DATA.free("train", _NAME)
+    split: str = _DATA.free("train", NAME)
     """Split to train on: of a Hub dataset, or of a folder whose file names contain splits."""
-    subset: str | None = _DATA.free(None, _NAME)
+    subset: str | None = _DATA.free(None, NAME)
     """Configuration of a Hub dataset that has several."""
-    revision: str | None = _DATA.free(None, _NAME)
+    revision: str | None = _DATA.free(None, NAME)
     """Branch, tag or commit of a Hub dataset."""
-    text_column: str | None = _DATA.free(None, _NAME)
+    text_column: str | None = _DATA.free(None, NAME)
     """Column of the text. Default: "text"."""
-    prompt_column: str | tuple[str, ...] | None = _DATA.free(None, _NAME)
+    prompt_column: str | tuple[str, ...] | None = _DATA.free(None, NAME)
     """Column of the prompt. Several columns are joined, each followed by an empty line. Default: "prompt"."""
-    completion_column: str | None = _DATA.free(None, _NAME)
+    completion_column: str | None = _DATA.free(None, NAME)
     """Column of the completion. Default: "completion"."""
-    messages_column: str | None = _DATA.free(None, _NAME)
+    messages_column: str | None = _DATA.free(None, NAME)
     """Column of the conversation. Default: "messages", or "conversations"."""
-    authority_weight_column: str | None = _DATA.free(None, _NAME)
+    authority_weight_column: str | None = _DATA.free(None, NAME)
     """Column of the authority weight. Default: "authority_weight", or "auth_weight"."""
-    provenance_entropy_column: str | None = _DATA.free(None, _NAME)
+    provenance_entropy_column: str | None = _DATA.free(None, NAME)
     """Column of the provenance entropy. Default: "provenance_entropy", or "prov_entropy"."""
-    source_column: str | None = _DATA.free(None, _NAME)
+    source_column: str | None = _DATA.free(None, NAME)
     """Column of the source class, by which losses and weights are grouped. Default: "source"."""
-    weight_column: str | None = _DATA.free(None, _NAME)
+    weight_column: str | None = _DATA.free(None, NAME)
     """Column of an example's own weight, a factor of the loss of its tokens: 0 or more. Default: "weight"."""
     default_weight: float | None = _DATA.free(None, interval(0, 1e15, advice="give 0 to 1e15"))
     """Weight of examples without one. If not given, all examples have a weight or none has."""
@@ -166,21 +132,21 @@ class TrainConfig:
     prompt leaves nothing to train; "drop" leaves all of them out; "error" refuses them."""
     strict: bool = _DATA.free(False)
     """Refuse examples whose prompt leaves nothing to train, instead of leaving them out."""
-    date: str | None = _DATA.free(None, _DATE)
+    date: str | None = _DATA.free(None, DATE)
     """Day that a chat template prints as today's, such as 2026-11-27. Default: the day on which the run
     began."""
-    cache_dir: str | None = _DATA.free(None, _NAME)
+    cache_dir: str | None = _DATA.free(None, NAME)
     """Folder for tokenized data. Default: $DISTRUST_CACHE, or the folder distrust in the user's cache
     folder."""
 
-    out: str = _RUN.free("runs/train", _NAME)
+    out: str = _RUN.free("runs/train", NAME)
     """Folder of the run. The same command with the same folder resumes the run."""
     from_step: int | None = _RUN.free(None, NON_NEGATIVE)
     """Step of the checkpoint of `out` to resume from. Default: the newest."""
-    from_: str | None = _RUN.free(None, _NAME)
+    from_: str | None = _RUN.free(None, NAME)
     """Begin a new run with the weights of a run, a checkpoint, or an adapter folder of peft or mlx-lm.
     Options of model, precision, adapter, data and its weighting that are not given are the source's."""
-    branch: str | None = _RUN.free(None, _NAME)
+    branch: str | None = _RUN.free(None, NAME)
     """Folder of a new run that begins at `from_step`. Required if that is not the newest checkpoint."""
     host: bool = _RUN.free(True)
     """Record the name of this machine in checkpoints, which `distrust show` and the report show."""
@@ -223,7 +189,7 @@ class TrainConfig:
     """Fill each row with several whole examples. Attention and positions stay within each example."""
     gradient_accumulation: int = _OPTIMIZATION.result(1, POSITIVE)
     """Micro-batches per optimizer step."""
-    learning_rate: float = _OPTIMIZATION.result(2e-4, _FLOAT32)
+    learning_rate: float = _OPTIMIZATION.result(2e-4, FLOAT32)
     """Peak learning rate."""
     warmup_steps: int = _OPTIMIZATION.result(10, NON_NEGATIVE)
     """Linear warm-up: steps until the learning rate reaches its peak."""
@@ -237,7 +203,7 @@ class TrainConfig:
     schedule_steps: int | None = _OPTIMIZATION.result(None, POSITIVE)
     """Steps after which the schedule has ended; fixed when the run begins. Default: max_steps at that
     time."""
-    weight_decay: float = _OPTIMIZATION.result(0.0, _FLOAT32)
+    weight_decay: float = _OPTIMIZATION.result(0.0, FLOAT32)
     """Weight decay of AdamW, applied to matrices."""
     adam_beta1: float = _OPTIMIZATION.result(0.9, BELOW_ONE)
     """AdamW's decay rate of the first moment."""
@@ -253,9 +219,9 @@ class TrainConfig:
     seed: int = _OPTIMIZATION.result(0, interval(0, 2**63 - 1, advice="give 0 to 2^63 - 1"))
     """Seed of the data order, of the adapter's initial values and of dropout."""
 
-    eval_data: str | tuple[str, ...] | None = _EVALUATION.free(None, _NAME)
+    eval_data: str | tuple[str, ...] | None = _EVALUATION.free(None, NAME)
     """Evaluation examples: the same kinds of source as `data`."""
-    eval_split: str | None = _EVALUATION.free(None, _NAME)
+    eval_split: str | None = _EVALUATION.free(None, NAME)
     """Split to evaluate on: of `eval_data`, or otherwise of `data`."""
     eval_fraction: float = _EVALUATION.result(0.0, BELOW_ONE)
     """Share of each source to hold out of training, selected by the seed, and to evaluate on."""
@@ -263,21 +229,52 @@ class TrainConfig:
     """Steps between evaluations, if there is evaluation data."""
     eval_at_start: bool = _EVALUATION.free(False)
     """Also evaluate before the first step."""
-    metric: str = _EVALUATION.free("eval_loss", _METRIC)
+    metric: str = _EVALUATION.free("eval_loss", METRIC)
     """Metric that selects the best checkpoint: any logged metric; for a source class, "eval_loss/CLASS"."""
     metric_mode: MetricMode = _EVALUATION.free("min")
     """Whether a lower or a higher value of `metric` is better."""
     early_stopping_patience: int | None = _EVALUATION.free(None, POSITIVE)
     """Stop after this many evaluations in a row without an improvement of `metric`. Default: never."""
 
-    save_every: int = _CHECKPOINTS.free(50, NON_NEGATIVE)
-    """Steps between checkpoints; 0 saves only the final one."""
+    save_every: str | int = _CHECKPOINTS.free(50, SAVE_INTERVAL)
+    """Steps between checkpoints (100), or the time between them (30s, 5m, 2h), or "auto": as often as
+    `save_budget` allows, and at least every 5 minutes. 0 saves only the final one."""
+    save_budget: float = _CHECKPOINTS.free(1.0, interval(0.01, 50))
+    """Percent of the time that "auto" may spend on saving, and snapshots in memory on copying."""
+    save_bytes_per_day: float = _CHECKPOINTS.free(1000.0, ABOVE_ZERO)
+    """GB that "auto" may write per day: a disk wears out, and a bucket costs."""
     keep_last: int = _CHECKPOINTS.free(3, POSITIVE)
     """Number of newest checkpoints to keep."""
     keep_best: int = _CHECKPOINTS.free(1, NON_NEGATIVE)
     """Number of best checkpoints by `metric` to keep in addition."""
     keep_every: int | None = _CHECKPOINTS.free(None, POSITIVE)
     """Keep in addition each checkpoint whose step is a multiple of this."""
+
+    mirror: str | None = _MIRROR.free(None, NAME)
+    """Where each checkpoint is copied in the background: s3://BUCKET/PREFIX, gs://, az://CONTAINER/PREFIX, or
+    a folder. The run resumes from whichever copy is newer. If `out` is a URL, it is the mirror."""
+    mirror_keep_last: int | None = _MIRROR.free(None, POSITIVE)
+    """Number of newest checkpoints to keep there. Default: `keep_last`."""
+    mirror_keep_best: int | None = _MIRROR.free(None, NON_NEGATIVE)
+    """Number of best checkpoints to keep there in addition. Default: `keep_best`."""
+    mirror_keep_every: int | None = _MIRROR.free(None, POSITIVE)
+    """Keep there in addition each checkpoint whose step is a multiple of this. Default: `keep_every`."""
+    mirror_timeout: float = _MIRROR.free(600.0, NON_NEGATIVE)
+    """Seconds that the end of a run waits until its last checkpoint is copied."""
+    take_over: bool = _MIRROR.free(False)
+    """Do not wait to see whether another process still writes to the mirror: it is known to be dead."""
+
+    step_snapshots: bool = _FAULTS.free(True)
+    """Keep the state of the last step in shared memory: after a crash of the process, the same command on the
+    same machine goes on from there. As many steps as `save_budget` allows."""
+    on_preemption: tuple[str, ...] = _FAULTS.free((), PREEMPTION_NOTICE)
+    """Save and end when the machine is about to be taken away: once "file:PATH" exists, "command:LINE"
+    succeeds, or the metadata address of "aws", "gcp" or "azure" says so."""
+    recheck_every: int | None = _FAULTS.free(None, POSITIVE)
+    """Repeat each step whose number is a multiple of this, and compare all bits: a machine that computes
+    wrongly is found. Default: never."""
+    on_mismatch: OnMismatch = _FAULTS.free("stop")
+    """What to do if they differ: "stop", or "rewind" to the last good state and go on."""
 
     report_to: tuple[Reporter, ...] = _LOGGING.free(
         (), Bound(lambda names: len(set(names)) == len(names), "give each once")
@@ -293,7 +290,7 @@ class TrainConfig:
     """Precision of the frozen base model and of the computation. "auto" is that of the run; for a new one,
     bfloat16 on CUDA GPUs that have instructions for it, and with mlx on all GPUs, else float32. Trained
     parameters are always float32."""
-    device: str = _COMPUTE.bits("auto", _DEVICE)
+    device: str = _COMPUTE.bits("auto", DEVICE)
     """Device to train on: "cpu", "cuda", one of several GPUs ("cuda:1"), or "mps". "auto" selects CUDA, else
     MPS, else the CPU. With mlx, "mps" is Apple's GPU."""
     threads: int | None = _COMPUTE.bits(None, POSITIVE)
@@ -347,8 +344,14 @@ class TrainConfig:
 
     @property
     def run_directory(self) -> Path:
-        """The folder that the run writes to."""
-        return Path(self.branch or self.out)
+        """The folder that the run writes to; for a URL, one in the cache."""
+        return local_folder(self.branch or self.out)
+
+    @property
+    def mirror_name(self) -> str | None:
+        """The URL or folder that checkpoints are copied to: ``mirror``, or ``out`` if that is a URL."""
+        target = self.branch or self.out
+        return target if is_url(target) else self.mirror
 
     def with_effect(self, effect: Effect) -> dict[str, Any]:
         """The options of one effect, by key, as checkpoints record them: see ``if_changed`` of Group."""
@@ -387,6 +390,32 @@ class TrainConfig:
             yield "branch", "it requires --from-step"
         elif self.branch is not None and realpath(self.branch) == realpath(self.out):
             yield "branch", "give another one than --out"
+        yield from self._misplaced_urls()
+
+    def _misplaced_urls(self) -> Iterable[tuple[str, str]]:
+        """Options with a URL that they cannot take, and advice."""
+        advice = {
+            "model": "copy the model into a folder first",
+            "chat_template": "give a local file",
+            "cache_dir": "give a local folder",
+        }
+        for name, text in advice.items():
+            if is_url(getattr(self, name)):
+                yield name, f"a URL is not understood here; {text}"
+        for name in ("data", "eval_data", "out", "branch", "from_", "mirror"):
+            for value in filter(is_url, as_names(getattr(self, name))):
+                try:
+                    parse(value, flag(name))
+                except ConfigError as error:
+                    yield name, str(error).removeprefix(f"{flag(name)} ").partition(": ")[2]
+        if self.mirror and is_url(self.branch or self.out):
+            yield "mirror", "leave it out: --out or --branch is a URL, and that is the mirror"
+        if self.mirror_name is None:
+            for name in sorted(
+                {"mirror_keep_last", "mirror_keep_best", "mirror_keep_every", "mirror_timeout", "take_over"}
+                & self.non_default().keys()
+            ):
+                yield name, "it needs --mirror, or an --out that is a URL"
 
 
 TrainConfig.__doc__ = Documentation(TrainConfig.__doc__ or "")  # type: ignore[assignment]
@@ -413,13 +442,6 @@ def flag(name: str) -> str:
 def key(name: str) -> str:
     """The key of a field in a file: ``lambda`` is a keyword of Python only."""
     return name.rstrip("_")
-
-
-def as_names(names: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The names in an option that takes one name or several; none for None."""
-    if names is None:
-        return ()
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 @cache

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from distrust.atomic import atomic_file
-from distrust.config import BUNDLED, TrainConfig, flag, key
+from distrust.checkpoint.remote.location import is_url
+from distrust.config import TrainConfig, flag, key
 from distrust.errors import ConfigError, shorten, warn
+from distrust.option_values import BUNDLED
 from distrust.options import read_toml, suggest_name, to_toml
 
 #: The file in the folder of a run that holds its options.
@@ -18,7 +20,7 @@ RUN_CONFIG = "config.toml"
 #: Its first line. A file without it is the user's own.
 _MARK = b"# Written by distrust train, and replaced when the run resumes. Without this line it is kept.\n"
 #: Options that may be paths.
-_PATHS = ("model", "data", "eval_data", "cache_dir", "out", "branch", "from_")
+_PATHS = ("model", "data", "eval_data", "cache_dir", "out", "branch", "from_", "mirror")
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str) -> TrainConfig:
@@ -69,10 +71,11 @@ def write_options(config: TrainConfig) -> None:
         WriteFailed: the file cannot be written; the one before it is unchanged.
     """
     config = replace(config, **{name: _absolute(getattr(config, name)) for name in _PATHS})
+    config = replace(config, take_over=False)  # true of one start only
     if config.branch is None:  # the run has begun, and continues from its newest checkpoint
         config = replace(config, from_step=None)
     try:
-        text = _MARK + to_toml({**config.non_default(), "out": os.path.abspath(config.out)}).encode()
+        text = _MARK + to_toml({**config.non_default(), "out": _absolute(config.out)}).encode()
     except UnicodeEncodeError:  # the bytes of a name are no text
         warn(f"{RUN_CONFIG} is not written, because an option is not valid UTF-8: --resume will not work")
         return
@@ -88,7 +91,7 @@ def write_options(config: TrainConfig) -> None:
 def _absolute(names: Any) -> Any:
     if isinstance(names, tuple):
         return tuple(map(_absolute, names))
-    is_path = names is not None and names != BUNDLED and os.path.lexists(names)
+    is_path = names is not None and names != BUNDLED and not is_url(names) and os.path.lexists(names)
     return os.path.abspath(names) if is_path else names
 
 

@@ -171,11 +171,11 @@ def coerce(value: Any, hint: Any) -> Any:
         *alternatives, inner = [choice for choice in get_args(hint) if choice is not type(None)]
         if not alternatives:
             return coerce(value, inner)
-        if isinstance(value, str):
-            return value
+        if isinstance(value, str):  # a flag's text may be the other type
+            return int(value) if inner is int and value.isdecimal() else value
         with contextlib.suppress(TypeError):
             return coerce(value, inner)
-        raise TypeError("give a name, or a list of names")
+        raise TypeError(f"give a name, or {'a whole number' if inner is int else 'a list of names'}")
     if origin is Literal:
         if value in get_args(hint):
             return value
