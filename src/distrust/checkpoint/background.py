@@ -10,12 +10,16 @@ import atexit
 import functools
 import sys
 import threading
+import time
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distrust.errors import SaveFailed
+from distrust.errors import ConfigError, SaveFailed
+
+if TYPE_CHECKING:
+    from distrust.checkpoint.remote.mirror import MirrorWriter
 
 
 class PendingSave:
@@ -26,6 +30,7 @@ class PendingSave:
         self._future = future
         self._copied = copied
         self._error_raised = False  # until then the next save or close raises it
+        self.mirror: MirrorWriter | None = None  #: of the manager that saves it
 
     @property
     def path(self) -> Path:
@@ -66,6 +71,25 @@ class PendingSave:
             self._error_raised = True
             raise error
         return self._path
+
+    def wait_mirrored(self, timeout: float | None = None) -> Path:
+        """Wait until the checkpoint, or a newer one that makes it needless, is in the manager's mirror.
+
+        Args:
+            timeout: seconds; None waits without a limit.
+
+        Raises:
+            SaveFailed: if it could not be written; TakenOver if another writer has taken over the mirror.
+            TimeoutError: if it is not there after ``timeout``.
+            RemoteError: if its upload was given up.
+            ConfigError: if the manager has no mirror.
+        """
+        end = None if timeout is None else time.monotonic() + timeout
+        path = self.wait(timeout)
+        if self.mirror is None:
+            raise ConfigError(f"{path}: its manager has no mirror: give it mirror=URL")
+        self.mirror.wait(path, end if end is None else max(0.0, end - time.monotonic()))
+        return path
 
     def wait_copied(self) -> None:
         """Wait until all arrays are copied; after that they may change."""

@@ -14,7 +14,8 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +105,8 @@ class Retainer:
             # Verify before relying on a file: those that displace others in a rule, the final checkpoint of a
             # step whose periodic one goes, and those to remove (a damaged one is left).
             displacing = retention.steps_that_displace(candidates, rules) | {file.step for file in superseded}
-            relied_on = [*(by_step[step] for step in displacing), *superseded]
-            unverified = [file for file in relied_on if file.identity not in state.intact]
+            relied_on = {file.path: file for file in [*map(by_step.__getitem__, displacing), *superseded]}
+            unverified = [file for file in relied_on.values() if file.identity not in state.intact]
             if not unverified:
                 return files, superseded
             for file in unverified:
@@ -113,7 +114,7 @@ class Retainer:
 
     def _verify(self, file: CheckpointFile) -> None:
         try:
-            catalog.verify(file.path)
+            self._state.verify(file)
         except CheckpointNotFound:
             return  # removed meanwhile
         except CorruptCheckpoint as error:
@@ -143,6 +144,21 @@ def find_damaged(directory: Path) -> Iterator[DamagedFile | DistrustWarning]:
             yield DamagedFile(entry.path, entry.step, finding)
         elif finding is not None:
             yield DistrustWarning(f"{entry.path}: left: {finding}")
+
+
+def collect_damaged(
+    findings: Iterable[DamagedFile | DistrustWarning], report: Callable[[DamagedFile], None] | None
+) -> list[DamagedFile]:
+    """The damaged files among findings, each reported; warns of the others, for a public method's caller."""
+    damaged: list[DamagedFile] = []
+    for finding in findings:  # each takes long to find: report as it goes
+        if isinstance(finding, DistrustWarning):
+            warnings.warn(finding, stacklevel=3)  # points at the caller of the public method
+            continue
+        damaged.append(finding)
+        if report is not None:
+            report(finding)
+    return damaged
 
 
 def _classify(path: Path) -> CorruptCheckpoint | str | None:
