@@ -35,6 +35,7 @@ from distrust import (
     cli,
 )
 from distrust.checkpoint import snapshot
+from distrust.checkpoint.step_snapshots import StepSnapshots
 from distrust.integrations.transformers import DistrustCheckpoints
 from tests.trainer_warnings import pytestmark  # noqa: F401
 
@@ -433,3 +434,18 @@ def test_the_commands_of_runs_say_what_it_is(two_steps, capfd):
     ):
         assert cli.main(command) != 0
         assert advice in capfd.readouterr().err
+
+
+def test_an_error_loses_at_most_the_step_in_progress(attach, tmp_path, monkeypatch):
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setenv("DISTRUST_SHM", str(tmp_path / "memory"))
+    is_due = StepSnapshots.is_due
+    monkeypatch.setattr(StepSnapshots, "is_due", lambda self, _: is_due(self, 1e9))  # whatever it costs
+    with pytest.raises(Interrupted):
+        attach(save_steps=100, callbacks=[InterruptAt(5)]).train()
+    trainer = attach(save_steps=100)
+    trainer.train()
+    assert CheckpointManager(tmp_path / "saved").list_checkpoints()[0] == 4
+    undisturbed = build(tmp_path / "alone", save_steps=100)
+    undisturbed.train()
+    assert_equal(weights(trainer), weights(undisturbed))

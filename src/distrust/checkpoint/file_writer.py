@@ -12,10 +12,11 @@ from pathlib import Path
 from distrust.checkpoint import serialization, stream_writer
 from distrust.checkpoint.background import BackgroundWriter, PendingSave
 from distrust.checkpoint.checkpoint import Checkpoint
+from distrust.checkpoint.checkpoint_file import CheckpointFile
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.format import Kind
 from distrust.checkpoint.memory import ReusableMemory
-from distrust.checkpoint.snapshot import PendingCopy, Snapshot
+from distrust.checkpoint.snapshot import OVERLAPPED, PendingCopy, Snapshot
 from distrust.checkpoint.storage import AtomicCheckpointFile
 from distrust.errors import (
     CheckpointUnreadable,
@@ -27,8 +28,6 @@ from distrust.errors import (
     defer_warning,
 )
 
-#: Sections that change only in the optimizer's step: their copy may overlap the next forward and backward.
-_OVERLAPPED = ("model.", "optimizer.")
 #: Writes the content of a new file, which the caller commits; returns the digest of its header.
 WriteContent = Callable[[AtomicCheckpointFile], str]
 
@@ -65,7 +64,7 @@ class FileWriter:
     def save(self, path: Path, checkpoint: Checkpoint, kind: Kind) -> None:
         """Write a checkpoint; it is durable when this returns."""
         with save_errors(path):
-            prepared = self._prepare(checkpoint, kind)  # refuses bad values before any I/O
+            prepared = self.prepare(checkpoint, kind)  # refuses bad values before any I/O
         self._write(path, prepared.layout.file_size, prepared.step, self._stream(prepared))
 
     def save_async(self, path: Path, checkpoint: Checkpoint, kind: Kind, *, overlap: bool) -> PendingSave:
@@ -73,9 +72,9 @@ class FileWriter:
         state = self._state
         try:
             with save_errors(path):
-                prepared = self._prepare(checkpoint, kind)
+                prepared = self.prepare(checkpoint, kind)
                 pending_copy = state.snapshot.start_copy(
-                    prepared, deferred=_OVERLAPPED if overlap else (), block_buffer=state.block_buffer
+                    prepared, deferred=OVERLAPPED if overlap else (), block_buffer=state.block_buffer
                 )
         except SaveFailed as error:
             return self._give_up(path, error)
@@ -96,18 +95,26 @@ class FileWriter:
         pending.add_done_callback(pending_copy.drop)
         return pending
 
+    def prepare(self, checkpoint: Checkpoint, kind: Kind) -> serialization.PreparedCheckpoint:
+        """Lay out a checkpoint; UnsupportedState if it could not be restored exactly."""
+        prepared = serialization.prepare(checkpoint, kind, record_host=self._record_host)
+        for label in prepared.rows:
+            raise UnsupportedState(f"{label}: is one rank's shard: saving it needs share()", label=label)
+        return prepared
+
+    def copy(self, source: CheckpointFile, path: Path) -> None:
+        """Write a verified file of another name; it is durable when this returns."""
+        buffer = self._state.block_buffer
+        self._write(
+            path, source.bytes, source.step, lambda file: stream_writer.copy_file(file, source, buffer)
+        )
+
     def _copy(self, path: Path, pending_copy: PendingCopy) -> None:
         pending_copy.copy(path)
 
     def _give_up(self, path: Path, error: SaveFailed) -> PendingSave:
         """A save that failed before it began."""
         return self._state.background.finish(path, error)
-
-    def _prepare(self, checkpoint: Checkpoint, kind: Kind) -> serialization.PreparedCheckpoint:
-        prepared = serialization.prepare(checkpoint, kind, record_host=self._record_host)
-        for label in prepared.rows:
-            raise UnsupportedState(f"{label}: is one rank's shard: saving it needs share()", label=label)
-        return prepared
 
     def _stream(self, prepared: serialization.PreparedCheckpoint) -> WriteContent:
         return lambda file: stream_writer.write_streaming(file, prepared, self._state.block_buffer)

@@ -17,8 +17,9 @@ import weakref
 from pathlib import Path
 
 from distrust.checkpoint.disk import Disk
+from distrust.checkpoint.files import open_regular
 from distrust.checkpoint.storage import errors_for_directory, make_directory, remove_stale_files, sync_names
-from distrust.errors import CheckpointDirectoryLocked, SaveFailed, quote_untrusted
+from distrust.errors import CheckpointDirectoryLocked, CheckpointError, SaveFailed, quote_untrusted
 
 LOCK_NAME = ".lock"
 WAIT_SECONDS = 1.0
@@ -33,6 +34,11 @@ class DirectoryLock:
         self._file: _LockFile | None = None
         self._finalizer: weakref.finalize[[], DirectoryLock] | None = None
 
+    @property
+    def is_held(self) -> bool:
+        """Whether this process has it."""
+        return self._file is not None and self._file.descriptor >= 0
+
     def acquire(self) -> None:
         """Create the directory if needed, lock it, remove stale files, and sync the names of dead writers.
 
@@ -40,7 +46,7 @@ class DirectoryLock:
             CheckpointDirectoryLocked: if another writer has the lock.
             SaveFailed: if the directory cannot be created or written to.
         """
-        if self._file is not None and self._file.descriptor >= 0:
+        if self.is_held:
             return  # this process has it: a manager acquires before every save
         with errors_for_directory(self._directory):
             make_directory(self._directory, self._disk)
@@ -119,6 +125,13 @@ def _holder(descriptor: int) -> int | None:
             if fields[1] == "FLOCK" and fields[5] == device and int(fields[4]) > 0:
                 return int(fields[4])
     return None
+
+
+def is_locked(directory: Path) -> bool:
+    """Whether a living process has the lock, as far as Linux lists it. Nothing is locked for the answer."""
+    with contextlib.suppress(OSError, CheckpointError), open_regular(directory / LOCK_NAME) as (file, _):
+        return _holder(file) is not None
+    return False
 
 
 def _this_process() -> str:

@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import copy
 import os
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
-from distrust.checkpoint import arrays, catalog, foreign
+from distrust.checkpoint import arrays, catalog
 from distrust.checkpoint.background import PendingSave
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile, Scan
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.manager_state import ManagerState
-from distrust.checkpoint.reader import Reader
-from distrust.checkpoint.retainer import Retainer, find_damaged
+from distrust.checkpoint.reader import Reader, Verify
+from distrust.checkpoint.remote.location import require_path
+from distrust.checkpoint.remote.mirror import Mirror, MirrorWriter
+from distrust.checkpoint.retainer import Retainer, collect_damaged, find_damaged
 from distrust.checkpoint.retention import MetricMode, Retention
 from distrust.checkpoint.shared_writer import Peers
+from distrust.checkpoint.step_snapshots import StepSnapshots
 from distrust.checkpoint.writer import Writer
-from distrust.errors import ConfigError, DistrustWarning, WarningCollector
-
-Verify = Literal["full", "lazy"]
+from distrust.errors import ConfigError, WarningCollector
 
 
 class CheckpointManager:
@@ -45,6 +45,8 @@ class CheckpointManager:
         metric: a key of ``Checkpoint.metrics``, or of the numbers in ``Checkpoint.metadata``.
         metric_mode: ``min`` if lower is better, or ``max``.
         record_host: whether checkpoints get the name of this machine.
+        mirror: a URL or a :class:`Mirror`, to which each checkpoint is copied in the background. A forked
+            child has none.
         disk: replaces the operating system's calls, to test failures. Not pickled.
 
     Raises:
@@ -61,25 +63,70 @@ class CheckpointManager:
         metric: str = "eval_loss",
         metric_mode: MetricMode = "min",
         record_host: bool = True,
+        mirror: str | os.PathLike[str] | Mirror | None = None,
         disk: Disk | None = None,
     ) -> None:
-        self.directory = Path(directory).absolute()  # a later chdir must not change it
+        path = require_path(directory, "CheckpointManager:", "give a local folder, and the URL as mirror=")
+        self.directory = path.absolute()  # a later chdir must not change it
         self._rules = Retention(keep_last, keep_best, keep_every, metric, metric_mode)
         self._state = ManagerState(self.directory, disk or Disk())  # takes no lock: readers need none
         self._retainer = Retainer(self._state, self._rules)
         self._record_host = record_host
         self._writer = Writer(self._state, self._retainer, record_host=record_host)
         self._reader = Reader(self._state, self._rules)
+        self._mirror = mirror
+        if mirror is not None:
+            settings = mirror if isinstance(mirror, Mirror) else Mirror(mirror)
+            self._state.mirror = MirrorWriter(settings, self._rules, self._state, record_host=record_host)
 
     def acquire(self) -> None:
         """Take the directory's lock, and remove the temporary files of dead writers.
 
+        Begins to watch whether another writer of the mirror is alive; the first save waits for the result.
+
         Raises:
             CheckpointDirectoryLocked: if another writer has the lock.
             SaveFailed: if the directory cannot be created or written to.
+            RemoteError: if no credentials of the mirror are found.
         """
         with self._state.mutex:
             self._state.acquire()
+
+    def begin(self, base: int | None = None, *, on_wait: Callable[[], None] = lambda: None) -> None:
+        """Take the right to write to the mirror, as the first save does. Later calls make no request.
+
+        Args:
+            base: the step to go on from; what is there beyond it no longer counts. Default: the one that was
+                loaded last, else the newest one there.
+            on_wait: called every half second while another writer is watched; what it raises ends that.
+
+        Raises:
+            CheckpointDirectoryLocked: if another writer is alive; TakenOver if one has taken over.
+            RemoteError, ConfigError: if the store fails, or cannot be a mirror.
+        """
+        with self._state.mutex, WarningCollector():
+            self._state.begin(base, on_wait)
+
+    @property
+    def mirrored(self) -> int | None:
+        """The newest step that is in the mirror; None if there is none, or before the first save."""
+        return self._state.mirror.mirrored if self._state.mirror is not None else None
+
+    def wait_mirrored(self) -> None:
+        """Wait until all is in the mirror, for at most its timeout; warn of the rest. Raises as close()."""
+        with self._state.mutex:
+            self._state.background.wait()
+            if self._state.mirror is not None:
+                self._state.mirror.finish()
+
+    def fetch_newest(self) -> Path | None:
+        """Download the newest checkpoint of the mirror, unless an intact one here is as new.
+
+        Takes the lock. Returns the path of the download, or None. Raises as :meth:`acquire`; RemoteError if
+        the store fails, NoIntactCheckpoint if all there are damaged.
+        """
+        with self._state.mutex, WarningCollector():
+            return self._state.mirror.fetch_newest() if self._state.mirror is not None else None
 
     def share(self, peers: Peers) -> None:
         """Write every later checkpoint together with the other ranks of a run, each a part of the file.
@@ -125,6 +172,23 @@ class CheckpointManager:
         """
         with self._state.mutex, WarningCollector():
             return self._writer.save_async(checkpoint, final=final, overlap=overlap)
+
+    def snapshot(
+        self, checkpoint: Checkpoint | Callable[[], Checkpoint], *, budget: float = 1.0, overlap: bool = False
+    ) -> StepSnapshots:
+        """Keep a checkpoint, or what makes it, in shared memory: if this process dies, it is not lost.
+
+        Call it after each step: it skips what would take more than ``budget`` percent of the time. With
+        ``overlap``, call ``wait_copied()`` of what it returns before model or optimizer change. Without room
+        it warns once. Takes the lock, and raises, as :meth:`save` does.
+        """
+        with self._state.mutex, WarningCollector():
+            return self._writer.snapshot(checkpoint, budget=budget, overlap=overlap)
+
+    def rescue(self) -> Path | None:
+        """Save a dead process's snapshot if it is newer than all checkpoints; raises as :meth:`save` does."""
+        with self._state.mutex, WarningCollector():
+            return self._writer.rescue()
 
     def reserve(self, nbytes: int, *, device: str | None = None) -> bool:
         """Allocate the memory for background saves, so that the first one is as fast as the next.
@@ -185,20 +249,16 @@ class CheckpointManager:
             ConfigError: if the framework, or a dtype or device of it, is not available; for ``lazy`` without
                 ``mmap``; for ``device`` with ``mmap``, or for a foreign checkpoint.
         """
-        if verify not in get_args(Verify):
-            raise ConfigError(f"verify={verify!r} is none of {', '.join(get_args(Verify))}")
-        lazy = verify == "lazy"
-        if lazy and not mmap:
-            raise ConfigError('verify="lazy" needs mmap=True: without it everything is read now')
         with WarningCollector():  # no mutex: reading never waits for a save
-            return self._reader.load(checkpoint, framework, mapped=mmap, lazy=lazy, device=device)[1]
+            return self._reader.load(checkpoint, framework, verify=verify, mapped=mmap, device=device)[1]
 
     def load_latest(
         self, *, framework: arrays.Framework = "numpy", mmap: bool = False, device: str | None = None
     ) -> Checkpoint:
         """Read the newest checkpoint that verifies; warn of each newer one that does not.
 
-        A foreign one without a model is skipped likewise. The arguments are those of :meth:`load`.
+        A foreign one without a model is skipped likewise. First comes :meth:`fetch_newest` with a mirror, and
+        :meth:`rescue` with the lock. The arguments are those of :meth:`load`.
 
         Raises:
             CheckpointNotFound: if there are none at all.
@@ -206,6 +266,9 @@ class CheckpointManager:
             UnsupportedVersion: if a later version of this program wrote the newest: resuming from an older
                 one would lose what it did.
         """
+        self.fetch_newest()
+        if self._state.lock.is_held and not self._state.snapshots.has_any:  # a plain reader never writes
+            self.rescue()
         with WarningCollector():
             return self._reader.load_first_intact(framework, mapped=mmap, device=device)[1]
 
@@ -228,31 +291,16 @@ class CheckpointManager:
                 foreign format.
             ConfigError: for both a step and the best one.
         """
-        if step is not None and best:
-            raise ConfigError("a step and the best one were asked for: give one of them")
         with WarningCollector():
-            if step is not None:
-                file, loaded = self._reader.load(step, framework)
-            else:
-                file, loaded = self._reader.load_first_intact(framework, best=best)
-        foreign.require_converted(file)  # a foreign one names no base model and no config
-        return file, loaded
+            return self._reader.choose(step, framework, best=best)
 
     def inspect(self, checkpoint: int | str | os.PathLike[str]) -> CheckpointFile:
-        """Read a header: step, kind, metadata, digests and tensors; of a foreign one, without digests.
-
-        Raises:
-            CheckpointError: as :meth:`load` does; damage of the data is not detected.
-        """
+        """Read a header, of a foreign one without digests, and not the data. Raises as :meth:`load` does."""
         with WarningCollector():
             return self._reader.read(checkpoint, catalog.read_header)
 
     def validate(self, checkpoint: int | str | os.PathLike[str]) -> None:
-        """Check every byte of a checkpoint, and that its name is right.
-
-        Raises:
-            CheckpointError: as :meth:`load` does; for damage with the defect and its location.
-        """
+        """Check every byte of a checkpoint, and that its name is right. Raises as :meth:`load` does."""
         with WarningCollector():
             self._reader.validate(checkpoint)
 
@@ -291,7 +339,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: if the directory cannot be read.
         """
-        return _collect_damaged(find_damaged(self.directory), None)
+        return collect_damaged(find_damaged(self.directory), None)
 
     def remove_damaged(self, report: Callable[[DamagedFile], None] | None = None) -> list[DamagedFile]:
         """Read every byte of every checkpoint; remove and return the damaged ones. Nothing else ever does.
@@ -307,17 +355,20 @@ class CheckpointManager:
             CheckpointError: as :meth:`cleanup` does; if the directory cannot be read.
         """
         with self._state.mutex:
-            return _collect_damaged(self._retainer.remove_damaged(), report)
+            return collect_damaged(self._retainer.remove_damaged(), report)
 
-    def close(self) -> None:
-        """Wait for the save in progress, and release the lock.
+    def close(self, *, wait: bool = True) -> None:
+        """Wait for the save in progress, and for the uploads to the mirror; release the lock.
+
+        Without ``wait``, a save in progress ends in the background, and a warning names what is not uploaded.
 
         Raises:
-            SaveFailed: if a background save failed and no call has raised that.
+            SaveFailed: if a background save failed and no call has raised that; TakenOver if another writer
+                has taken over the mirror.
         """
         with self._state.mutex:
             try:
-                self._state.background.wait()  # raises the error of the last save
+                self._state.finish(wait=wait)  # raises the error of the last save
             finally:
                 self._state.release_when_idle()  # also if the save failed
 
@@ -325,10 +376,8 @@ class CheckpointManager:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        if kind is KeyboardInterrupt and not self._state.background.idle:
-            self._state.release_when_idle()  # a user who interrupts does not want to wait
-        else:
-            self.close()  # raises a background error, which the block could not see
+        # It raises a background error, which the block could not see. An interrupt means: do not wait.
+        self.close(wait=kind is not KeyboardInterrupt)
 
     def __copy__(self) -> CheckpointManager:
         clone = object.__new__(type(self))
@@ -343,22 +392,9 @@ class CheckpointManager:
         return {
             "directory": str(self.directory),
             "record_host": self._record_host,
+            "mirror": self._mirror,
             **asdict(self._rules),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]  # a new state: it has no lock
-
-
-def _collect_damaged(
-    findings: Iterable[DamagedFile | DistrustWarning], report: Callable[[DamagedFile], None] | None
-) -> list[DamagedFile]:
-    damaged: list[DamagedFile] = []
-    for finding in findings:  # each takes long to find: report as it goes
-        if isinstance(finding, DistrustWarning):
-            warnings.warn(finding, stacklevel=3)  # points at the caller of the public method
-            continue
-        damaged.append(finding)
-        if report is not None:
-            report(finding)
-    return damaged

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from distrust.checkpoint import arrays, catalog, foreign, retention, serialization
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.checkpoint_file import CheckpointFile, DamagedFile
 from distrust.checkpoint.manager_state import ManagerState
+from distrust.checkpoint.remote.location import require_path
 from distrust.checkpoint.retainer import as_candidates
 from distrust.checkpoint.retention import Retention
 from distrust.errors import (
@@ -31,6 +32,7 @@ Result = TypeVar("Result")
 #: A checkpoint as a caller names it: a step of the manager's directory, or a path.
 Target = int | str | os.PathLike[str]
 Loaded = tuple[CheckpointFile, Checkpoint]
+Verify = Literal["full", "lazy"]
 
 
 class Reader:
@@ -41,9 +43,14 @@ class Reader:
         self._rules = rules
 
     def load(
-        self, target: Target, framework: arrays.Framework, *, lazy: bool = False, **options: Any
+        self, target: Target, framework: arrays.Framework, *, verify: Verify = "full", **options: Any
     ) -> Loaded:
         """Read and verify one checkpoint; the options are those of :func:`serialization.load`."""
+        if verify not in get_args(Verify):
+            raise ConfigError(f"verify={verify!r} is none of {', '.join(get_args(Verify))}")
+        lazy = verify == "lazy"
+        if lazy and not options["mapped"]:
+            raise ConfigError('verify="lazy" needs mmap=True: without it everything is read now')
         file, checkpoint = self.read(target, lambda path: _load(path, framework, lazy=lazy, **options))
         # A lazy one is not verified yet; one in another directory is no file of this one.
         if file.path.parent == self._state.directory and not lazy:
@@ -58,6 +65,17 @@ class Reader:
                 return self._load_first_of(files, lambda path: _load(path, framework, **options))
             except CheckpointNotFound:
                 continue  # a writer removed one between listing and reading: list again
+
+    def choose(self, step: int | None, framework: arrays.Framework, *, best: bool) -> Loaded:
+        """Read a step, the best checkpoint, or else the newest; ConfigError for both, or a foreign one."""
+        if step is not None and best:
+            raise ConfigError("a step and the best one were asked for: give one of them")
+        if step is not None:
+            file, checkpoint = self.load(step, framework)
+        else:
+            file, checkpoint = self.load_first_intact(framework, best=best)
+        foreign.require_converted(file)  # a foreign one names no base model and no config
+        return file, checkpoint
 
     def validate(self, target: Target) -> None:
         """Verify a checkpoint."""
@@ -147,7 +165,8 @@ class Reader:
 
     def _find(self, target: Target) -> Path:
         if not isinstance(target, int):
-            return Path(target).absolute()  # a path is read as it is, in any directory
+            # A path is read as it is, in any directory.
+            return require_path(target, "a checkpoint:").absolute()
         contents = self._state.scan()
         damaged = [file.error for file in contents.damaged if file.step == target]
         steps = contents.by_step()

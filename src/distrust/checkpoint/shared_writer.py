@@ -75,7 +75,8 @@ class SharedFileWriter(FileWriter):
         self._state.snapshot.budget = BUDGET / peers.local_count
         self._state.snapshot.stream = self._stream
 
-    def _prepare(self, checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
+    def prepare(self, checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
+        """Lay out a checkpoint of which this rank writes its rows; the leader, all that every rank has."""
         prepared = serialization.prepare(checkpoint, kind, record_host=self._record_host)
         named = zip(prepared.layout.names, prepared.flat_arrays, strict=True)
         leads = self._peers.index == 0
@@ -166,7 +167,7 @@ class _Part:
         first_tensor, last_tensor = self._cuts[index : index + 2]
         # The page in which the run begins is another rank's, and so is what follows its end in its last page.
         run_begin, run_end = round_up(self._edges[first_tensor], PAGE_BYTES), self._edges[last_tensor]
-        digests, writes = TensorDigests(self._layout), deque[threading.Event]()
+        digests, writes = TensorDigests(self._layout.edges), deque[threading.Event]()
 
         def write(begin: int, end: int, segments: list[_Segment], slot: mmap.mmap) -> None:
             block, start, position = memoryview(slot), begin - begin % PAGE_BYTES, 0

@@ -11,16 +11,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from distrust.checkpoint import arrays, stream_writer
 from distrust.checkpoint.memory import PAGE_BYTES, PageLock, ReusableMemory, available_bytes, round_up
 from distrust.checkpoint.serialization import PreparedCheckpoint
-from distrust.checkpoint.storage import AtomicCheckpointFile
 from distrust.errors import SaveFailed
 
 #: The share of the available memory that a snapshot may use.
 BUDGET = 0.25
+#: Sections that change only in the optimizer's step: their copy may overlap the next forward and backward.
+OVERLAPPED = ("model.", "optimizer.")
 
 
 class PendingCopy(NamedTuple):
@@ -29,8 +30,8 @@ class PendingCopy(NamedTuple):
     #: Copies the rest. The caller must not change those arrays until it returns; where the framework counts
     #: changes, it raises SaveFailed with the given path if they were changed.
     copy: Callable[[Path], None]
-    #: Writes the state into a new file, which the caller commits; returns the digest of its header.
-    write: Callable[[AtomicCheckpointFile], str]
+    #: Writes the state into a new file, or a slot; the caller commits; returns the digest of its header.
+    write: Callable[[stream_writer.BlockFile], str]
     #: Drops the arrays that a failed save has left: its error may live long.
     drop: Callable[[], None]
 
@@ -38,11 +39,12 @@ class PendingCopy(NamedTuple):
 class Snapshot:
     """The snapshot buffer. One save at a time may use it."""
 
-    def __init__(self) -> None:
-        self._memory = ReusableMemory()
+    def __init__(self, memory: ReusableMemory | None = None, *, origin: int = 0) -> None:
+        self._memory = memory or ReusableMemory()
+        self._origin = origin  # where copied arrays begin in the memory
         self.budget = BUDGET
         #: Writes copied arrays. Without it their memory has the layout of the file, and is written in place.
-        self.stream: Callable[[PreparedCheckpoint], Callable[[AtomicCheckpointFile], str]] | None = None
+        self.stream: Callable[[PreparedCheckpoint], Callable[[Any], str]] | None = None
 
     def reserve(self, nbytes: int, page_lock: PageLock | None = None) -> bool:
         """Allocate and touch ``nbytes``; return whether the memory budget and the system allow that."""
@@ -84,7 +86,7 @@ class Snapshot:
 
     def _copy_all(self, prepared: PreparedCheckpoint, deferred: tuple[str, ...]) -> PendingCopy | None:
         layout, without_arrays = prepared.layout, replace(prepared, flat_arrays=())
-        edges = [*itertools.accumulate((flat.nbytes for flat in prepared.flat_arrays), initial=0)]
+        edges = [*itertools.accumulate((flat.nbytes for flat in prepared.flat_arrays), initial=self._origin)]
         stream = arrays.copy_stream(prepared.flat_arrays)
         if not self.reserve(edges[-1], stream.page_lock if stream else None):
             return None
@@ -122,11 +124,11 @@ class Snapshot:
                         path=path,
                     )
 
-        def write(file: AtomicCheckpointFile) -> str:
+        def write(file: stream_writer.BlockFile) -> str:
             while pending:  # popped, so that the device gets its memory back
                 arrays.fill(memory, *pending.pop()[:2])
             if self.stream is None:
-                return stream_writer.write_snapshot(file, layout, memory)
+                return stream_writer.write_snapshot(file, layout, memoryview(memory)[self._origin :])
             import numpy as np
 
             data = np.frombuffer(memory, np.uint8)

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import mmap
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from distrust.checkpoint import arrays
+from distrust.checkpoint.checkpoint_file import CheckpointFile
+from distrust.checkpoint.files import open_regular, read_into
 from distrust.checkpoint.format import Layout, tensor_hasher
 from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, allocate, round_up
 from distrust.checkpoint.serialization import PreparedCheckpoint
-from distrust.checkpoint.storage import AtomicCheckpointFile
 
 #: Size of one write. A multiple of the page size, so that O_DIRECT accepts every block's memory and offset.
 BLOCK_BYTES = 4 << 20
@@ -31,26 +31,31 @@ BLOCKS = 4
 _EMPTY_DIGEST = tensor_hasher(all_cores=False).hexdigest()
 
 
-def write_snapshot(file: AtomicCheckpointFile, layout: Layout, data: mmap.mmap) -> str:
+class BlockFile(Protocol):
+    """What is written: a new file, or a slot in shared memory."""
+
+    def write(self, block: memoryview, offset: int) -> threading.Event:
+        """Write a block; as ``AtomicCheckpointFile.write`` does."""
+
+
+def write_snapshot(file: BlockFile, layout: Layout, data: memoryview) -> str:
     """Write a snapshot in place: ``data`` has the layout of the file, padded to whole pages."""
-    digests = TensorDigests(layout)
+    digests = TensorDigests(layout.edges)
     for begin, end in _blocks(layout):
-        block = memoryview(data)[begin : round_up(end, PAGE_BYTES)]  # O_DIRECT writes whole pages
+        block = data[begin : round_up(end, PAGE_BYTES)]  # O_DIRECT writes whole pages
         file.write(block, layout.data_offset + begin)
         digests.update(block, begin, end)
     return write_header(file, layout, digests.hex)
 
 
-def write_streaming(
-    file: AtomicCheckpointFile, prepared: PreparedCheckpoint, block_buffer: ReusableMemory
-) -> str:
+def write_streaming(file: BlockFile, prepared: PreparedCheckpoint, block_buffer: ReusableMemory) -> str:
     """Write arrays that must not be copied as a whole, through a ring buffer in ``block_buffer``.
 
     One block is filled while earlier ones are written. The block is hashed, not the array, which the caller
     may have changed since.
     """
     layout = prepared.layout
-    digests = TensorDigests(layout)
+    digests = TensorDigests(layout.edges)
     slots = min(BLOCKS, len(_blocks(layout)))
     stream = arrays.copy_stream(prepared.flat_arrays)
     memory = block_buffer.acquire(slots * BLOCK_BYTES, stream.page_lock if stream else None)
@@ -66,14 +71,25 @@ def write_streaming(
     return write_header(file, layout, digests.hex)
 
 
+def copy_file(file: BlockFile, source: CheckpointFile, block_buffer: ReusableMemory) -> str:
+    """Write the bytes of a verified file."""
+    block = memoryview(block_buffer.acquire(BLOCK_BYTES))[:BLOCK_BYTES]
+    with open_regular(source.path) as (descriptor, _):
+        for begin in range(0, source.bytes, BLOCK_BYTES):
+            length = min(BLOCK_BYTES, source.bytes - begin)
+            read_into(descriptor, block[:length], begin)
+            file.write(block[: round_up(length, PAGE_BYTES)], begin).wait()
+    return source.digest
+
+
 class TensorDigests:
     """Computes the digest of each tensor from blocks of the data that arrive in order."""
 
     # One digest per tensor, so that a reader can verify each without the others, in parallel or on demand.
-    def __init__(self, layout: Layout) -> None:
-        self._edges = layout.edges
+    def __init__(self, edges: Sequence[int]) -> None:
+        self._edges = edges  # where each tensor begins in the data, and where the last one ends
         self._hasher = tensor_hasher(all_cores=False)  # of the tensor that may continue in the next block
-        self.hex = [_EMPTY_DIGEST] * len(layout.names)  # in the order of the data
+        self.hex = [_EMPTY_DIGEST] * (len(edges) - 1)  # in the order of the data
 
     def update(self, block: memoryview, begin: int, end: int) -> None:
         """Add the data from ``begin`` to ``end``, the first bytes of ``block``."""
@@ -108,7 +124,7 @@ def _arrays_in_range(prepared: PreparedCheckpoint, begin: int, end: int) -> list
     return flats
 
 
-def write_header(file: AtomicCheckpointFile, layout: Layout, digests: Sequence[str]) -> str:
+def write_header(file: BlockFile, layout: Layout, digests: Sequence[str]) -> str:
     """Write the header of a file whose data is complete; returns the digest in it."""
     header, digest = layout.header(digests)
     block = allocate(len(header))  # page-aligned, for O_DIRECT; the header's length is a multiple of a page

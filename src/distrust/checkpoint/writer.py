@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from distrust.checkpoint import foreign
@@ -13,7 +14,8 @@ from distrust.checkpoint.format import Kind
 from distrust.checkpoint.manager_state import ManagerState
 from distrust.checkpoint.retainer import Retainer
 from distrust.checkpoint.shared_writer import Peers, SharedFileWriter
-from distrust.errors import SaveFailed
+from distrust.checkpoint.step_snapshots import StepSnapshots, remove_snapshots
+from distrust.errors import ConfigError, SaveFailed
 
 
 class Writer:
@@ -39,7 +41,39 @@ class Writer:
     def save_async(self, checkpoint: Checkpoint, *, final: bool, overlap: bool) -> PendingSave:
         """Copy a checkpoint and write it in the background; write it now if there is no memory for a copy."""
         path, kind = self._begin(checkpoint.step, final=final)
-        return self._files.save_async(path, checkpoint, kind, overlap=overlap)
+        pending = self._files.save_async(path, checkpoint, kind, overlap=overlap)
+        pending.mirror = None if self._follows else self._state.mirror
+        return pending
+
+    def snapshot(
+        self, checkpoint: Checkpoint | Callable[[], Checkpoint], *, budget: float, overlap: bool
+    ) -> StepSnapshots:
+        """Keep a checkpoint in shared memory, if that is due."""
+        if not budget > 0:
+            raise ConfigError(f"snapshot: budget={budget!r}: give percent, above 0")
+        snapshots = self._state.snapshots
+        if self._files is not self._locked_files:
+            snapshots.disable("the state is divided among processes")
+        if snapshots.is_due(budget):
+            self._state.acquire()
+            self._state.lock.confirm()
+            make = checkpoint if callable(checkpoint) else lambda: checkpoint
+            snapshots.take(lambda: self._locked_files.prepare(make(), "periodic"), overlap=overlap)
+        return snapshots
+
+    def rescue(self) -> Path | None:
+        """Write the snapshot of a dead process as a checkpoint; it is durable when this returns."""
+        if self._state.find_snapshot() is None:
+            return None
+        if self._state.mirror is not None:
+            self._state.mirror.fetch_newest()  # first: the run may have gone on elsewhere
+        if (snapshot := self._state.find_snapshot()) is None:
+            return None
+        path, _ = self._begin(snapshot.step, final=False)
+        self._locked_files.copy(snapshot, path)
+        if not self._state.snapshots.has_any:
+            remove_snapshots(snapshot.path.parent)
+        return path
 
     def _begin(self, step: int, *, final: bool) -> tuple[Path, Kind]:
         self._state.background.wait()  # raises the error of the save before, if no call has
@@ -47,7 +81,7 @@ class Writer:
         path = self._state.directory / checkpoint_file_name(step, kind)
         if self._follows:
             return path, kind
-        self._state.acquire()  # the first save takes the lock
+        self._state.begin()  # the first save takes the lock, and the right to write to the mirror
         with save_errors(path):
             is_foreign = foreign.find_reader(path) is not None
         if is_foreign:

@@ -31,7 +31,9 @@ COMMANDS = {
     "show": "show the contents of a checkpoint",
     "verify": "verify every byte of checkpoints",
     "prune": "remove superseded or damaged checkpoints",
+    "rescue": "list or save the last steps of processes that died, from shared memory",
     "diff": "compare two checkpoints",
+    "copy": "copy runs or checkpoints to or from a store",
     "plot": "plot runs: losses, learning rate, weights, stall, memory",
     "report": "write an HTML page about a run: state, figures, provenance, checkpoints, options",
 }

@@ -17,6 +17,7 @@ import torch
 
 from distrust.checkpoint import Checkpoint, CheckpointFile, FileSaver, PendingSave, catalog, load_file
 from distrust.checkpoint.checkpoint import MAX_STEP
+from distrust.checkpoint.remote.location import require_path
 from distrust.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint, NoIntactCheckpoint, warn
 from distrust.integrations.random import generators, set_generators
 
@@ -164,6 +165,7 @@ class DistrustModelCheckpoint(ModelCheckpoint):  # type: ignore[misc]
             raise ConfigError("this version of Lightning is not supported; tested: 2.6")
         if options.get("save_last") == "link":
             raise ConfigError('save_last="link": the file is not written yet; ckpt_path="last" needs no link')
+        require_path(dirpath, "DistrustModelCheckpoint:")
         names = {"filename": "checkpoint-{step}", "auto_insert_metric_name": False}
         super().__init__(dirpath, **{**names, "enable_version_counter": False, **options})
 

@@ -10,21 +10,18 @@ at the beginning of the next one, or at the end of the epoch. A callback that sa
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import has_length
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
 from distrust.checkpoint.files import checkpoint_file_name
 from distrust.checkpoint.retention import Retention
+from distrust.checkpoint.step_snapshots import StepSnapshots
 from distrust.errors import ConfigError, DistrustWarning
 from distrust.integrations.random import generators, set_generators
 from distrust.integrations.transformers import trainer_state
@@ -72,6 +69,7 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
         self._is_requested = self._is_step_ending = self._is_in_optimizer = False
         self._saved: StepEnd | None = None
         self._pending: PendingSave | None = None
+        self._snapshots: StepSnapshots | None = None  # of the last step, in case this process dies
         self._best_step: int | None = None  # by the Trainer's own rule, among those with a checkpoint
 
     def install(self) -> None:
@@ -105,7 +103,7 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
             self._describe()  # once: configs are large, and training waits for a save
             self._loaded = self._load_latest(resume_from_checkpoint)
             if self._loaded is not None:
-                with self._resume_folder(self._loaded) as folder:
+                with trainer_state.resume_folder(self._trainer, self._loaded) as folder:
                     return self._original["train"](resume_from_checkpoint=folder, **options)
             if isinstance(resume_from_checkpoint, bool):
                 resume_from_checkpoint = None
@@ -267,9 +265,13 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
             self._pure_data.set_epoch(self._epoch)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        """Save the step before, which was not the last of its epoch."""
+        """Save the step before, which was not the last of its epoch; keep it in shared memory."""
         if self._is_requested and self._step_end is not None:
             self._save(self._step_end)
+        if (step_end := self._step_end) is not None and self._processes.count == 1:
+            self._snapshots = self._manager.snapshot(
+                lambda: self._capture(step_end, finished=False), overlap=self._may_overlap()
+            )
 
     def on_substep_end(self, *_: Any, **__: Any) -> None:
         """Count a batch."""
@@ -280,6 +282,8 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
         """Weights and moments change next: wait until the save in progress has copied them."""
         if self._pending is not None:
             self._pending.wait_copied()
+        if self._snapshots is not None:
+            self._snapshots.wait_copied()
         self._is_in_optimizer = True
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
@@ -335,21 +339,6 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
             warnings.warn(DistrustWarning(text), stacklevel=3)
         return loaded
 
-    @contextlib.contextmanager
-    def _resume_folder(self, checkpoint: Checkpoint) -> Iterator[str]:
-        """A folder from which the Trainer reads its state; everything else it asks this class for."""
-        args = self._trainer.args
-        evaluates_on_start, args.eval_on_start = args.eval_on_start, False  # the start is past
-        names = {field.name for field in dataclasses.fields(TrainerState)}
-        state = trainer_state.saved_trainer_state(checkpoint)
-        text = json.dumps({name: value for name, value in state.items() if name in names})
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                Path(folder, "trainer_state.json").write_text(text, "utf-8")
-                yield folder
-        finally:
-            args.eval_on_start = evaluates_on_start
-
     def _restore_generators(self, checkpoint: Checkpoint) -> None:
         """The last of what is restored: the memory of the checkpoint is free afterwards."""
         set_generators(checkpoint.rng["now"])
@@ -378,15 +367,17 @@ class AttachedCheckpoints(TrainerCallback):  # type: ignore[misc]  # transformer
         )
         return add_local_states(self._processes, checkpoint, step_end)
 
+    def _may_overlap(self) -> bool:
+        # An optimizer with modes of its own changes weights when training goes on.
+        return self._overlap and not hasattr(self._trainer.optimizer.optimizer, "train")
+
     def _save(self, step_end: StepEnd) -> None:
         self._is_requested = False
         if self._saved is not step_end:
             self._saved = step_end
-            # An optimizer with modes of its own changes weights when training goes on.
-            overlap = self._overlap and not hasattr(self._trainer.optimizer.optimizer, "train")
             checkpoint = self._capture(step_end, finished=False)
             if leads(self._processes):
-                self._pending = self._manager.save_async(checkpoint, overlap=overlap)
+                self._pending = self._manager.save_async(checkpoint, overlap=self._may_overlap())
 
     def _save_last(self) -> None:
         if self._is_over or self._step_end is None:  # the latter: stopped within the first step

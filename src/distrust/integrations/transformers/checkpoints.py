@@ -10,6 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from distrust.atomic import atomic_directory
 from distrust.checkpoint import CheckpointManager
+from distrust.checkpoint.remote.location import require_path
 from distrust.checkpoint.retention import MetricMode, Retention
 from distrust.errors import ConfigError
 from distrust.integrations.transformers.attached import AttachedCheckpoints
@@ -54,7 +55,7 @@ class DistrustCheckpoints:
         overlap: bool = True,
         pure_data: bool = False,
     ) -> None:
-        self.directory = Path(directory).absolute()
+        self.directory = require_path(directory, "DistrustCheckpoints:").absolute()
         self._rules = Retention(keep_last, keep_best, keep_every, metric, metric_mode)
         self._overlap = overlap
         self._pure_data = pure_data
@@ -92,6 +93,7 @@ class DistrustCheckpoints:
             ConfigError: :meth:`attach` was not called; for both a step and the best one.
             ExportFailed: the folder exists, or cannot be written.
         """
+        require_path(path, "to_folder:")
         if self._trainer is None:
             raise ConfigError("to_folder() needs the model: call attach(trainer) first")
         trainer, rules = self._trainer, self._rules_for(self._trainer.args)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterator, Mapping
 from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 
 from distrust.checkpoint import Checkpoint
@@ -258,3 +260,19 @@ def _copy(collected: Any) -> Any:
 def to_array(value: Any) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """JSON as an array: it grows with the run, and a header must not."""
     return np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
+
+
+@contextlib.contextmanager
+def resume_folder(trainer: Trainer, checkpoint: Checkpoint) -> Iterator[str]:
+    """A folder from which the Trainer reads its state; everything else it asks AttachedCheckpoints for."""
+    args = trainer.args
+    evaluates_on_start, args.eval_on_start = args.eval_on_start, False  # the start is past
+    names = {field.name for field in dataclasses.fields(TrainerState)}
+    state = saved_trainer_state(checkpoint)
+    text = json.dumps({name: value for name, value in state.items() if name in names})
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "trainer_state.json").write_text(text, "utf-8")
+            yield folder
+    finally:
+        args.eval_on_start = evaluates_on_start
