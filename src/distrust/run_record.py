@@ -116,6 +116,12 @@ class RunRecord:
         return {**self.settings, **self.config}
 
     @property
+    def best_rules(self) -> dict[str, Any]:
+        """The options that say which checkpoint of the run is the best one."""
+        options = {name: self.settings.get(name) for name in ("metric", "metric_mode")}
+        return {name: value for name, value in options.items() if isinstance(value, str)}
+
+    @property
     def engine(self) -> str:
         """Name of the engine that trained; empty if not recorded."""
         return _text(self.environment.get("engine"))

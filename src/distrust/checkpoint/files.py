@@ -10,7 +10,7 @@ import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from distrust.checkpoint.format import LENGTH_BYTES, OPENING, Kind
 from distrust.errors import (
@@ -67,7 +67,7 @@ def open_regular(path: str | Path, *, folder: int | None = None) -> Iterator[tup
         os.close(descriptor)
 
 
-def open_regular_file(path: str | Path) -> BinaryIO:
+def open_regular_file(path: str | Path) -> io.BufferedReader:
     """Open a file for reading, following links. Raises OSError, also if it is not a regular file."""
     file = _NeverWaits(path, opener=lambda name, _: _open_without_blocking(name))
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):

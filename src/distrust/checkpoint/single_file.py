@@ -14,8 +14,10 @@ from pathlib import Path
 from distrust.checkpoint import arrays, catalog, serialization, storage
 from distrust.checkpoint.background import PendingSave
 from distrust.checkpoint.checkpoint import Checkpoint
+from distrust.checkpoint.checkpoint_file import CheckpointFile
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.file_writer import FileWriter, SaveState
+from distrust.checkpoint.remote.location import require_path
 from distrust.errors import ConfigError, SaveFailed, WarningCollector
 
 _Path = str | os.PathLike[str]
@@ -59,6 +61,13 @@ class FileSaver:
         with self._state.mutex, WarningCollector():
             target = self._begin(path)
             return self._files.save_async(target, checkpoint, "periodic", overlap=overlap)
+
+    def copy(self, source: CheckpointFile, path: _Path) -> Path:
+        """Write a verified file under another name; as :meth:`save`."""
+        with self._state.mutex:
+            target = self._begin(path)
+            self._files.copy(source, target)
+            return target
 
     def wait(self) -> None:
         """Wait for the save in progress.
@@ -134,6 +143,7 @@ def verify_file(path: _Path) -> None:
 
 def _absolute(path: _Path) -> Path:
     """The absolute path, of a link that of its target: that is what is replaced."""
+    require_path(path, "a checkpoint file:", "copy it to or from there with `distrust copy`")
     try:
         os.stat(path)
     except OSError:

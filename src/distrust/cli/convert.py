@@ -10,6 +10,8 @@ from pathlib import Path
 
 from distrust.checkpoint import CheckpointManager
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
+from distrust.checkpoint.remote.location import require_path
+from distrust.cli import targets
 from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, attributes, parser, print_json
 from distrust.config import TrainConfig, key
 from distrust.config_text import to_words
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> int:
     )
     arg.add_argument(
         "source",
-        type=Path,
+        type=targets.target,
         help="a checkpoint in an older format or of the transformers Trainer, a folder of them, or an "
         f"adapter folder of peft or mlx-lm; with --format trainer, {NEWEST_INTACT}",
     )
@@ -64,6 +66,7 @@ def main(arguments: list[str]) -> int:
     options = arg.parse_args(arguments)
     if options.format == "trainer":
         return _to_trainer(options)
+    source = require_path(str(options.source), "source")  # of other programs; --format trainer reads URLs
     if options.best or options.step is not None:
         raise ConfigError("--step and --best go with --format trainer: otherwise all are converted")
 
@@ -71,7 +74,7 @@ def main(arguments: list[str]) -> int:
         if not options.json:
             print(printable(_line(result)), flush=True)
 
-    results = convert(options.source, options.to, force=options.force, model=options.model, report=report)
+    results = convert(source, options.to, force=options.force, model=options.model, report=report)
     succeeded = [result for result in results if result.succeeded]
     if options.json:
         print_json([asdict(result) for result in results])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 
-from distrust.checkpoint import CheckpointFile, catalog
+from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.compare import Difference, differences
+from distrust.cli import targets
 from distrust.cli.arguments import TARGET, attributes, parser, print_json
 from distrust.errors import printable
 from distrust.run_record import RunRecord
@@ -26,12 +26,12 @@ def main(arguments: list[str]) -> int:
             "distrust diff runs/a/checkpoints/checkpoint-50.safetensors runs/b",
         ],
     )
-    arg.add_argument("a", type=Path, help=f"{TARGET}; of several, the newest")
-    arg.add_argument("b", type=Path, help="the other one")
+    arg.add_argument("a", type=targets.target, help=f"{TARGET}; of several, the newest")
+    arg.add_argument("b", type=targets.target, help="the other one")
     arg.add_argument("--json", action="store_true", help="print one object")
     options = arg.parse_args(arguments)
 
-    a, b = catalog.newest(options.a), catalog.newest(options.b)  # headers only
+    a, b = targets.newest(options.a), targets.newest(options.b)  # headers only
     differing = differences(a, b)
     if options.json:
         sides = [attributes(file, "path", "step", "state_digest") for file in (a, b)]

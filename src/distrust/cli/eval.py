@@ -7,19 +7,19 @@ import os
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint.catalog import resolve
+from distrust.cli import targets
 from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, attributes, parser, print_json
-from distrust.config import BUNDLED, MAX_RECORD_BYTES, TrainConfig, as_names
+from distrust.config import TrainConfig
 from distrust.errors import DataError, printable, quote_untrusted
+from distrust.option_values import BUNDLED, MAX_RECORD_BYTES, as_names
 
 
 def main(arguments: list[str]) -> int:
     """Evaluate a trained model."""
     options = _options(arguments)
-    resolve(options.target)  # a misspelt name fails before the slow imports below
+    targets.checks(options.target)  # a misspelt name fails before the slow imports below
 
     from distrust import engines
     from distrust.reporting.console import ConsoleReporter
@@ -102,7 +102,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
             "distrust eval runs/train --data held-out.jsonl --source-column status --json",
         ],
     )
-    arg.add_argument("target", type=Path, help=NEWEST_INTACT)
+    arg.add_argument("target", type=targets.target, help=NEWEST_INTACT)
     data = "what to evaluate on; default: the evaluation data of the run"
     arg.add_argument("--data", nargs="+", dest="eval_data", metavar="DATA", help=data)
     split = "split of a hub dataset, or of a folder whose files name splits"

@@ -6,10 +6,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import get_args
 
-from distrust.checkpoint.catalog import resolve
+from distrust.cli import targets
 from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, attributes, parser, print_json
-from distrust.config import ExportDtype, ExportFormat
 from distrust.errors import printable
+from distrust.option_values import ExportDtype, ExportFormat
 from distrust.reporting.display import size
 
 LOADED_BY = {
@@ -34,7 +34,7 @@ def main(arguments: list[str]) -> int:
             "distrust export runs/train --to weights.safetensors --format state --step 50",
         ],
     )
-    arg.add_argument("target", type=Path, help=NEWEST_INTACT)
+    arg.add_argument("target", type=targets.target, help=NEWEST_INTACT)
     arg.add_argument(
         "--to",
         type=Path,
@@ -56,7 +56,7 @@ def main(arguments: list[str]) -> int:
     )
     arg.add_argument("--json", action="store_true", help="print one object")
     options = arg.parse_args(arguments)
-    resolve(options.target)  # a misspelt name fails before the slow imports below
+    targets.checks(options.target)  # a misspelt name fails before the slow imports below
 
     from distrust.export import export  # loads a framework
 

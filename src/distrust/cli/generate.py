@@ -6,13 +6,12 @@ import argparse
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from distrust.checkpoint.catalog import resolve
+from distrust.cli import targets
 from distrust.cli.arguments import NEWEST_INTACT, add_checkpoint_options, attributes, parser, print_json
-from distrust.config import MAX_RECORD_BYTES
 from distrust.errors import ConfigError, DataError
+from distrust.option_values import MAX_RECORD_BYTES
 
 if TYPE_CHECKING:
     from distrust.contract import Engine
@@ -22,7 +21,7 @@ def main(arguments: list[str]) -> int:
     """Continue prompts with a trained model."""
     options = _options(arguments)
     _require_valid(options)
-    resolve(options.target)  # a misspelt name fails before the slow imports below
+    targets.checks(options.target)  # a misspelt name fails before the slow imports below
     prompts = options.prompt or _read_prompts()  # flags take precedence
     if not prompts:
         raise DataError("no prompt: give --prompt TEXT, or lines on standard input")
@@ -103,8 +102,8 @@ def _options(arguments: list[str]) -> argparse.Namespace:
             "distrust generate runs/train --json < prompts.txt",
         ],
     )
-    arg.add_argument("run", type=Path, nargs="?", help=NEWEST_INTACT)
-    arg.add_argument("--checkpoint", type=Path, metavar="PATH", help="same as RUN")
+    arg.add_argument("run", type=targets.target, nargs="?", help=NEWEST_INTACT)
+    arg.add_argument("--checkpoint", type=targets.target, metavar="PATH", help="same as RUN")
     add_checkpoint_options(arg, device=True)
     arg.add_argument("--prompt", action="append", help="text to continue; may be repeated")
     arg.add_argument("--chat", action="store_true", help="answer each prompt as a user's message")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
-from distrust.checkpoint import CheckpointFile, Scan, catalog, foreign
+from distrust.checkpoint import CheckpointFile, Scan, foreign
+from distrust.cli import targets
 from distrust.cli.arguments import TARGET, attributes, parser, print_json
-from distrust.errors import CheckpointError, printable
+from distrust.errors import CheckpointError, RemoteError, printable
 from distrust.reporting.display import number, size
 from distrust.run_record import RunRecord
 
@@ -21,14 +21,15 @@ def main(arguments: list[str]) -> int:
         examples=[
             "distrust ls runs/train",
             "distrust ls runs",
+            "distrust ls s3://bucket/runs/train",
             "distrust ls runs/train --json | jq '.[-1].path'",
         ],
     )
-    arg.add_argument("target", type=Path, help=f"{TARGET}; or a folder of runs")
+    arg.add_argument("target", type=targets.target, help=f"{TARGET}; or a folder of runs")
     arg.add_argument("--json", action="store_true", help="print a list of objects")
     options = arg.parse_args(arguments)
 
-    contents = _scan(options.target)  # headers only
+    contents = targets.scan(options.target)  # headers only
     for damaged in contents.damaged:
         _warn(f"{damaged.path}: damaged: {damaged.reason}")
     is_empty = not contents.all_intact and not contents.damaged  # damaged files are a listing, too
@@ -43,27 +44,20 @@ def main(arguments: list[str]) -> int:
     elif contents.all_intact:
         _print_checkpoints(contents)
     else:
-        adjective, hint = ("intact ", "") if contents.damaged else ("", foreign.import_hint(options.target))
+        is_foreign = not contents.damaged and isinstance(options.target, Path)
+        adjective = "intact " if contents.damaged else ""
+        hint = foreign.import_hint(options.target) if is_foreign else ""
         print(printable(f"no {adjective}checkpoints in {options.target}{hint}"))
     return 0
 
 
-def _scan(target: Path) -> Scan:
-    if catalog.is_directory(target):
-        return catalog.scan(catalog.checkpoint_directory(target))
-    catalog.require_exists(target)
-    return Scan.of([catalog.read_header(target)])  # one checkpoint
-
-
-def _runs(folder: Path) -> dict[Path, Scan]:
+def _runs(source: targets.Target) -> dict[Path, Scan]:
     """The runs directly below a folder, by name: folders with a directory of checkpoints."""
     runs = {}
-    for name in sorted(os.listdir(folder)):  # one level: a run may be large
-        path = folder / name
+    for run in targets.runs(source):
         try:
-            if os.path.isdir(path / catalog.RUN_SUBDIRECTORY):
-                runs[path] = catalog.scan(path / catalog.RUN_SUBDIRECTORY)
-        except CheckpointError as error:  # one unreadable run must not hide the others
+            runs[targets.path_of(run)] = targets.scan(run)
+        except (CheckpointError, RemoteError) as error:  # one unreadable run must not hide the others
             _warn(str(error))
     return runs
 

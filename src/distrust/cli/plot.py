@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from distrust.cli import targets
 from distrust.cli.arguments import parser
 from distrust.errors import ConfigError, printable
 
@@ -17,10 +18,12 @@ def main(arguments: list[str]) -> int:
     from distrust.reporting.run_reader import read_run
 
     panels.require_panels(options.panels)
-    folder = options.runs[0] if len(options.runs) == 1 else Path()  # several runs: the working directory
+    run = options.runs[0]
+    is_one_folder = len(options.runs) == 1 and isinstance(run, Path)
+    folder = run if is_one_folder else Path()  # several runs, or a URL: the working directory
     targets = options.out or [figures.default_target(folder, "plot.png")]
     suffixes = [figures.require_suffix(target) for target in targets]  # fail before the runs are read
-    resolved = [os.path.realpath(path) for path in options.runs]  # one run under two paths
+    resolved = [os.path.realpath(str(path)) for path in options.runs]  # one run under two paths
     repeated = [run for run, path in zip(options.runs, resolved, strict=True) if resolved.count(path) > 1]
     if repeated:
         raise ConfigError(f"{repeated[-1]} is given twice; name each run once")
@@ -49,13 +52,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
             "distrust plot runs/seed-* --x tokens --smooth 50 --out loss.png --out loss.svg --panels loss",
         ],
     )
-    arg.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run, its --out")
+    arg.add_argument("runs", type=targets.target, nargs="+", metavar="RUN", help="folder or URL of a run")
     arg.add_argument(
         "--out",
         type=Path,
         action="append",
         help="file to write, .png or .svg; repeat it for several. Default: plot.png in the folder of the "
-        "run, or for several runs in the working directory",
+        "run, or for several runs, or a URL, in the working directory",
     )
     arg.add_argument("--x", choices=series.X_AXES, default="step", help="x axis; default: step")
     arg.add_argument(

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple, get_args
 
-from distrust.checkpoint import CheckpointManager, DamagedFile, catalog
-from distrust.checkpoint.retention import MetricMode
+from distrust.checkpoint import CheckpointManager, DamagedFile, Scan, catalog
+from distrust.checkpoint.remote.location import Location
+from distrust.checkpoint.retention import MetricMode, Retention
+from distrust.cli import targets
 from distrust.cli.arguments import parser, print_json
-from distrust.errors import CheckpointError, ConfigError, DamagedCheckpointWarning, printable, warn
+from distrust.errors import ConfigError, DamagedCheckpointWarning, DistrustError, printable, warn
 from distrust.paths import refuse_links
 from distrust.reporting.display import pluralize, size
 
@@ -19,6 +23,7 @@ from distrust.reporting.display import pluralize, size
 BLOCK_BYTES = 512
 #: The rules and the smallest value of each.
 RULES = {"keep_last": 1, "keep_best": 0, "keep_every": 1}
+NO_RULE = "no rule keeps it"
 
 
 class RemovedFile(NamedTuple):
@@ -34,41 +39,70 @@ def main(arguments: list[str]) -> int:
     """Remove checkpoints that no rule keeps, damaged ones, or both."""
     options = _options(arguments)
     _require_valid(options)
-    catalog.resolve(options.target)  # the manager would create a directory that does not exist
-    directory = catalog.checkpoint_directory(options.target)
-    if directory != options.target:  # the run was named: its folder must not lead to another run
-        refuse_links(directory)
-    removal = _Removal(directory, options)
-    with CheckpointManager(
-        directory,
+    rules = Retention(
         keep_last=options.keep_last or 1,  # the newest intact one always stays
         keep_best=options.keep_best or 0,
         keep_every=options.keep_every,
         metric=options.metric or "eval_loss",
         metric_mode=options.metric_mode or "min",
-    ) as manager:
-        if options.keep_best:
-            _require_metric(manager, options.metric or "eval_loss")  # before anything is removed
-        try:
-            _remove(manager, options, removal)
-        except CheckpointError:
-            removal.print_total(if_empty=False)  # files were removed before the error
-            raise
-        if removal.files and len(removal.files) == len(removal.sizes):  # none is left
-            verb = "would be" if options.dry_run else "is"
-            warn(f"{directory}: no checkpoint {verb} left: the same training would start from the beginning")
+    )
+    removal = _Removal(options)
+    try:
+        if isinstance(options.target, Location):
+            _prune_store(options.target, rules, removal, dry_run=options.dry_run)
+        else:
+            _prune_directory(options, rules, removal)
+    except DistrustError:
+        removal.print_total(if_empty=False)  # files were removed before the error
+        raise
     removal.print_total(if_empty=True)
     return 0
 
 
-def _remove(manager: CheckpointManager, options: argparse.Namespace, removal: _Removal) -> None:
+def _prune_store(target: Location, rules: Retention, removal: _Removal, *, dry_run: bool) -> None:
+    from distrust.checkpoint.remote.pruner import prune
+
+    run = targets.remote(target)
+    run.require_files()
+    if rules.keep_best:
+        _require_metric(run.scan(), rules.metric)
+    for file in prune(run, rules, dry_run=dry_run):
+        removal.add(file.path, file.step, file.bytes, NO_RULE)
+
+
+def _prune_directory(options: argparse.Namespace, rules: Retention, removal: _Removal) -> None:
+    catalog.resolve(options.target)  # the manager would create a directory that does not exist
+    directory = catalog.checkpoint_directory(options.target)
+    if directory != options.target:  # the run was named: its folder must not lead to another run
+        refuse_links(directory)
+    sizes = {entry.path.name: _freed_bytes(entry.path) for entry in catalog.list_names(directory)}
+
+    def add(path: Path, step: int, reason: str) -> None:
+        # Name the directory as the user did: the manager resolves it.
+        removal.add(directory / path.name, step, sizes[path.name], reason)
+
+    with CheckpointManager(directory, **asdict(rules)) as manager:
+        if rules.keep_best:
+            _require_metric(manager.scan(), rules.metric)  # before anything is removed
+        _remove(manager, options, add)
+    if removal.files and len(removal.files) == len(sizes):  # none is left
+        verb = "would be" if options.dry_run else "is"
+        warn(f"{directory}: no checkpoint {verb} left: the same training would start from the beginning")
+
+
+def _remove(
+    manager: CheckpointManager, options: argparse.Namespace, add: Callable[[Path, int, str], None]
+) -> None:
+    def add_damaged(file: DamagedFile) -> None:
+        add(file.path, file.step, f"damaged: {file.reason}")
+
     if not options.dry_run:
         manager.acquire()  # fails while a training writes here
     if options.damaged and options.dry_run:
         for file in manager.list_damaged():
-            removal.add_damaged(file)
+            add_damaged(file)
     elif options.damaged:
-        manager.remove_damaged(removal.add_damaged)  # reports each one as it goes
+        manager.remove_damaged(add_damaged)  # reports each one as it goes
     if not _has_rule(options):
         return
     with warnings.catch_warnings():
@@ -81,27 +115,19 @@ def _remove(manager: CheckpointManager, options: argparse.Namespace, removal: _R
     finally:
         for superseded_file in superseded:
             if options.dry_run or not os.path.lexists(superseded_file.path):
-                removal.add(superseded_file.path, superseded_file.step, "no rule keeps it")
+                add(superseded_file.path, superseded_file.step, NO_RULE)
 
 
 class _Removal:
     """Reports each removed file as it goes, and the total."""
 
-    def __init__(self, directory: Path, options: argparse.Namespace) -> None:
+    def __init__(self, options: argparse.Namespace) -> None:
         self.files: list[RemovedFile] = []
         self._options = options
-        self._directory = directory
-        #: Disk space that the removal of each file of the directory frees.
-        self.sizes = {entry.path.name: _freed_bytes(entry.path) for entry in catalog.list_names(directory)}
 
-    def add_damaged(self, file: DamagedFile) -> None:
-        """Report a damaged file."""
-        self.add(file.path, file.step, f"damaged: {file.reason}")
-
-    def add(self, path: Path, step: int, reason: str) -> None:
+    def add(self, path: Path, step: int, nbytes: int, reason: str) -> None:
         """Report a file."""
-        # Name the directory as the user did: the manager resolves it.
-        file = RemovedFile(str(self._directory / path.name), step, self.sizes[path.name], reason)
+        file = RemovedFile(str(path), step, nbytes, reason)
         self.files.append(file)
         if not self._options.json:
             verb = "would remove" if self._options.dry_run else "removed"
@@ -145,8 +171,16 @@ def _require_valid(options: argparse.Namespace) -> None:
     for name in ("metric", "metric_mode"):
         if getattr(options, name) is not None and not options.keep_best:
             raise ConfigError(f"--{name.replace('_', '-')} needs --keep-best N, with N of 1 or more")
-    if options.target.exists() and not catalog.is_directory(options.target):
+    kind = ""
+    if isinstance(options.target, Location):
+        if options.damaged:
+            raise ConfigError(
+                f"--damaged: {options.target} is in a store; delete what `distrust verify` names"
+            )
+        kind = "a file" if targets.is_one(options.target) else ""
+    elif options.target.exists() and not catalog.is_directory(options.target):
         kind = "a file" if options.target.is_file() else "one checkpoint"
+    if kind:
         raise ConfigError(f"prune needs a run or a directory of checkpoints; {options.target} is {kind}")
 
 
@@ -154,9 +188,9 @@ def _has_rule(options: argparse.Namespace) -> bool:
     return any(getattr(options, name) is not None for name in RULES)
 
 
-def _require_metric(manager: CheckpointManager, metric: str) -> None:
+def _require_metric(contents: Scan, metric: str) -> None:
     """Check that a checkpoint has the metric: with a misspelt one, --keep-best would keep nothing."""
-    names = {name for file in manager.scan().files for name in file.metrics}  # of intact checkpoints
+    names = {name for file in contents.files for name in file.metrics}  # of intact checkpoints
     if metric not in names:
         hint = f"there are {', '.join(sorted(names))}" if names else "there are no metrics at all"
         raise ConfigError(f"--keep-best: no checkpoint has the metric {metric!r}; {hint}; give --metric")
@@ -175,7 +209,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
             "distrust prune runs/train --damaged",
         ],
     )
-    arg.add_argument("target", type=Path, help="a run, or a directory of checkpoints")
+    arg.add_argument("target", type=targets.target, help="a run, or a directory of checkpoints")
     arg.add_argument("--keep-last", type=int, metavar="N", help="keep the newest N; default: 1")
     arg.add_argument("--keep-best", type=int, metavar="N", help="also keep the best N by --metric")
     arg.add_argument("--keep-every", type=int, metavar="N", help="also keep each multiple of N steps")

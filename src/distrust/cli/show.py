@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from distrust.checkpoint import CheckpointFile, catalog
+from distrust.checkpoint import CheckpointFile
+from distrust.cli import targets
 from distrust.cli.arguments import TARGET, attributes, parser, print_json
 from distrust.errors import CheckpointNotFound, ConfigError, printable, shorten
 from distrust.reporting.display import number, size
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
             "distrust show runs/train/checkpoints/checkpoint-50.safetensors --json",
         ],
     )
-    arg.add_argument("target", type=Path, help=TARGET)
+    arg.add_argument("target", type=targets.target, help=TARGET)
     arg.add_argument("--step", type=int, help="the checkpoint of this step; default: the newest")
     arg.add_argument("--tensors", action="store_true", help="list every tensor")
     arg.add_argument("--json", action="store_true", help="print one object, with all tensors")
@@ -43,16 +43,16 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _choose(target: Path, step: int | None) -> CheckpointFile:
+def _choose(target: targets.Target, step: int | None) -> CheckpointFile:
     if step is None:
-        return catalog.newest(target)  # warns about newer damaged ones
-    catalog.require_exists(target)
-    if not catalog.is_directory(target):
+        return targets.newest(target)  # warns about newer damaged ones
+    if targets.is_one(target):
         raise ConfigError(f"--step needs a run or a directory; {target} is one checkpoint")
-    files = catalog.scan(catalog.checkpoint_directory(target)).by_step()  # intact headers only
+    files = targets.scan(target).by_step()  # intact headers only
     if step not in files:
         steps = ", ".join(map(str, files)) or "none"
-        raise CheckpointNotFound(f"{target}: no checkpoint of step {step}; there are {steps}", path=target)
+        text = f"{target}: no checkpoint of step {step}; there are {steps}"
+        raise CheckpointNotFound(text, path=targets.path_of(target))
     return files[step]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from distrust.checkpoint import CheckpointFile, catalog
+from distrust.checkpoint.remote.location import ObjectPath
+from distrust.cli import targets
 from distrust.cli.arguments import TARGET, parser, print_json
-from distrust.errors import CheckpointError, CorruptCheckpoint, printable
+from distrust.errors import CheckpointError, CorruptCheckpoint, RemoteError, printable
 
 
 def main(arguments: list[str]) -> int:
@@ -17,13 +20,13 @@ def main(arguments: list[str]) -> int:
         "CHECKPOINT.",
         examples=["distrust verify runs/train", "distrust verify runs/*/checkpoints/*-final.safetensors"],
     )
-    arg.add_argument("targets", type=Path, nargs="+", metavar="target", help=TARGET)
+    arg.add_argument("targets", type=targets.target, nargs="+", metavar="target", help=TARGET)
     arg.add_argument("--json", action="store_true", help="print a list of objects")
     options = arg.parse_args(arguments)
 
     rows = []
-    for path in [path for target in options.targets for path in catalog.resolve(target)]:
-        verdict, reason, note = _verify(path)
+    for path, verify in [each for target in options.targets for each in targets.checks(target).items()]:
+        verdict, reason, note = _verify(path, verify)
         row = {"path": path, "ok": reason is None, "verdict": verdict, "reason": reason}
         rows.append({**row, "note": note} if note else row)  # only older formats have notes
         if not options.json:
@@ -34,15 +37,16 @@ def main(arguments: list[str]) -> int:
     return 0 if all(row["ok"] for row in rows) else 1  # for scripts
 
 
-def _verify(path: Path) -> tuple[str, str | None, str | None]:
+def _verify(path: Path, verify: Callable[[], CheckpointFile]) -> tuple[str, str | None, str | None]:
     """The verdict on a checkpoint; the reason, unless it is ok; and a note, if it is."""
     try:
-        file = catalog.verify(path)  # reads every byte
+        file = verify()  # reads every byte
     except CorruptCheckpoint as error:
-        if not catalog.looks_like_checkpoint(path):  # a file of another program is not damaged
+        # A file of another program is not damaged. Of objects, only those with a checkpoint's name are read.
+        if not isinstance(path, ObjectPath) and not catalog.looks_like_checkpoint(path):
             return "NOT A CHECKPOINT", "neither its name nor its first bytes are those of a checkpoint", None
         return "DAMAGED", error.reason, None  # the file never matches its digests again
-    except CheckpointError as error:  # not DAMAGED: it may be intact
+    except (CheckpointError, RemoteError) as error:  # not DAMAGED: it may be intact
         return "UNREADABLE", str(error).removeprefix(f"{path}: "), None
     return "ok", None, _note(file)
 

@@ -15,7 +15,7 @@ provenance                            authority weight and entropy: computed, ch
 """
 
 from distrust.data.batches import IGNORED, Batches, MicroBatch, evaluation_batches
-from distrust.data.cache import Cache, cache_folder
+from distrust.data.cache import Cache
 from distrust.data.chat_template import turn_ends
 from distrust.data.column_report import ColumnReport, SeenColumns
 from distrust.data.columns import Columns, columns_of
@@ -56,7 +56,6 @@ __all__ = [
     "Source",
     "Tokenizer",
     "bos_prefix",
-    "cache_folder",
     "check_records",
     "columns_of",
     "concatenate",

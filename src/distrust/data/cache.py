@@ -75,16 +75,6 @@ class _DamagedError(Exception):
     """An entry is not what was written."""
 
 
-def cache_folder(option: str | None) -> Path:
-    """The cache folder: the option, else $DISTRUST_CACHE, else ``distrust`` in the user's cache folder."""
-    if option is not None:
-        return Path(option)
-    if os.environ.get("DISTRUST_CACHE"):
-        return Path(os.environ["DISTRUST_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "distrust"
-
-
 class Cache:
     """A folder of checked and tokenized data, created on the first write.
 

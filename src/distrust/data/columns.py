@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from distrust.config import TrainConfig, as_names
+from distrust.config import TrainConfig
+from distrust.option_values import as_names
 
 Fields = Mapping[str, Any]  # the fields of one record, none of them null
 

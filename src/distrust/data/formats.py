@@ -64,6 +64,11 @@ def is_data(path: Path) -> bool:
     return _suffix(path) in (*_BY_SUFFIX, ".json")
 
 
+def data_suffix(path: Path) -> str:
+    """The end of a file name that decides how the file is read: a known one, or none."""
+    return (_suffix(path) if is_data(path) else "") + (".gz" if path.suffix.lower() == ".gz" else "")
+
+
 def _suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from blake3 import blake3
 
-from distrust.config import MAX_RECORD_BYTES, TrainConfig
+from distrust.config import TrainConfig
 from distrust.data.column_report import NO_COLUMNS, ColumnReport, SeenColumns
 from distrust.data.columns import Columns, Fields
 from distrust.data.fields import (
@@ -30,6 +30,7 @@ from distrust.data.record_errors import RecordError, RecordErrors
 from distrust.data.records import Conversation, Location, Record
 from distrust.data.sources import Source, open_source
 from distrust.errors import DataError
+from distrust.option_values import MAX_RECORD_BYTES
 
 _VERSION = 3  # increment when the same bytes give other records: it invalidates the cached results
 

@@ -15,7 +15,7 @@ import shutil
 import stat
 import tempfile
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,20 +23,31 @@ from typing import IO, Any, BinaryIO, cast
 
 from blake3 import blake3
 
+from distrust import remote_copies
 from distrust.activity import current
 from distrust.bundled import CORPUS
 from distrust.checkpoint.files import open_regular_file
-from distrust.config import BUNDLED, MAX_RECORD_BYTES
+from distrust.checkpoint.remote.location import is_url, parse
 from distrust.data import hub
 from distrust.data.column_report import MAX_COLUMNS
 from distrust.data.columns import Columns, Fields
-from distrust.data.formats import JSON_LINES, PARQUET, Row, format_of, is_binary, is_data, open_bytes
+from distrust.data.formats import (
+    JSON_LINES,
+    PARQUET,
+    Row,
+    data_suffix,
+    format_of,
+    is_binary,
+    is_data,
+    open_bytes,
+)
 from distrust.data.parquet import open_table
 from distrust.data.record_errors import RecordError
 from distrust.data.records import Location, Unit
 from distrust.data.values import json_kind
 from distrust.errors import ConfigError, DataError, ErrorTranslator, quote_untrusted, read_failure_reason
-from distrust.paths import require_regular
+from distrust.option_values import BUNDLED, MAX_RECORD_BYTES
+from distrust.paths import cache_folder, require_regular
 
 _BLOCK = 1 << 22  # 4 MiB: enough for BLAKE3 to use several threads
 
@@ -94,21 +105,22 @@ def open_source(
     """Open the source with a name.
 
     Args:
-        name: a file, a folder, a dataset of the hub, or ``bundled``.
+        name: a file, a folder, a URL of either, a dataset of the hub, or ``bundled``.
         columns: the columns to read.
         split: of a dataset of the hub, or of a folder that has several.
         subset: of a dataset of the hub.
         revision: of a dataset of the hub.
-        temp_folder: where the content of a pipe is copied to.
+        temp_folder: where the content of a pipe, or of a URL, is copied to; default: the cache.
         max_record_bytes: a larger row is an error, as ``TrainConfig`` says.
         digests: False if only some rows are read: files are not read to the end for their digest.
 
     Raises:
         DataError: there is no such source, or it cannot be read; one line.
+        RemoteError: the store of a URL fails.
         ConfigError: an option of the hub together with a file.
     """
     path = CORPUS if name == BUNDLED else Path(name)
-    kind = _kind(path)
+    kind = "URL" if is_url(name) else _kind(path)
     if kind is None and hub.is_name(name):
         table = hub.load(name, split=split, subset=subset, revision=revision)
         # The fingerprint is the library's own, of the content.
@@ -119,8 +131,12 @@ def open_source(
             raise ConfigError(f"--{option} {value}: is for datasets of the hub; {name} is a file or folder")
     if kind is None:
         raise DataError(f"{name}: {hub.missing_reason(name)}")
+    if kind == "URL":
+        copies = _copies(name, split, temp_folder or cache_folder())
+        opened = (_file_part(copies[url], columns, None, max_record_bytes, digests, url) for url in copies)
+        return Source(name, tuple(opened))
     if kind != "folder":
-        _require_split(path, split)
+        _require_split(name, split)
         return Source(name, (_file_part(path, columns, temp_folder, max_record_bytes, digests),))
     with _readable(str(path)):
         saved = hub.saved_split(path, split)
@@ -163,10 +179,35 @@ def _kind(path: Path) -> str | None:
     return "folder" if stat.S_ISDIR(mode) else "file"
 
 
+def _copies(name: str, split: str, cache: Path) -> dict[str, Path]:
+    """Local copies of the objects that a URL names, by their URLs."""
+    client, objects = remote_copies.find(location := parse(name, "--data"), cache=cache)
+    if not objects:
+        raise DataError(f"{name}: no such object")
+    infos = {Path(info.key): info for info in objects}
+    if client.location != location:  # its parent: it is one object
+        _require_split(name, split)
+    else:
+        data = [path for path in infos if is_data(path) and all(part[0] not in "._" for part in path.parts)]
+        infos = {path: infos[path] for path in _of_split(name, sorted(data), split)}
+    copies = {
+        str(client.location / info.key): remote_copies.copy_of(client, info, data_suffix(path), cache=cache)
+        for path, info in infos.items()
+    }
+    with _readable(name):
+        _require_one_format(name, copies.values())
+    return copies
+
+
 def _file_part(
-    path: Path, columns: Columns, temp_folder: Path | None, max_record_bytes: int, digests: bool
+    path: Path,
+    columns: Columns,
+    temp_folder: Path | None,
+    max_record_bytes: int,
+    digests: bool,
+    url: str | None = None,
 ) -> Part:
-    name = str(path)
+    name = url or str(path)
     with _readable(name):
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # a device may have no end
@@ -292,14 +333,23 @@ def _files(folder: Path, split: str) -> list[Path]:
     """The data files of a split in a folder, recognized by their names as the hub does."""
     with _readable(str(folder)):
         files = sorted(path.relative_to(folder) for path in _visible_files(folder) if is_data(path))
-        if not files:
-            raise DataError(
-                f"{folder}: contains no data files (.jsonl, .json, .csv, .tsv, .parquet, or those .gz)"
-            )
-        formats = sorted({format_of(folder / path)[0].name for path in files})
+        _require_one_format(folder, [folder / path for path in files])
+    return [folder / path for path in _of_split(folder, files, split)]
+
+
+def _require_one_format(folder: Path | str, files: Iterable[Path]) -> None:
+    formats = sorted({format_of(path)[0].name for path in files})
     if len(formats) > 1:
         raise DataError(f"{folder}: holds files of several formats ({', '.join(formats)}); name the files")
-    splits = {folder / path: _split_of(path) for path in files}
+
+
+def _of_split(folder: Path | str, files: Sequence[Path], split: str) -> list[Path]:
+    """The data files of a split, of those with these names in a folder."""
+    if not files:
+        raise DataError(
+            f"{folder}: contains no data files (.jsonl, .json, .csv, .tsv, .parquet, or those .gz)"
+        )
+    splits = {path: _split_of(path) for path in files}
     available = ", ".join(sorted({name for name in splits.values() if name}))
     if not available:
         if split != "train":
@@ -327,9 +377,9 @@ def _visible_files(folder: Path) -> Iterator[Path]:
         yield from (Path(root, name) for name in names if name[0] not in "._")
 
 
-def _require_split(file: Path, split: str) -> None:
+def _require_split(file: str, split: str) -> None:
     """A file is one split: the one in its name, else train."""
-    if split != "train" and _split_of(Path(file.name)) != _SPLITS.get(split, split):
+    if split != "train" and _split_of(Path(Path(file).name)) != _SPLITS.get(split, split):
         raise DataError(f"{file}: is one file, and has no split {split}; name the file of that split")
 
 

@@ -21,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrust.activity import current
-from distrust.config import OnLong
 from distrust.data.chat_template import ChatTemplate
 from distrust.data.corpus import Classes, Corpus, Counts
 from distrust.data.reading import DatasetStats
@@ -30,6 +29,7 @@ from distrust.data.records import Completion, Conversation, Record, Text
 from distrust.data.tokenizer import Encoded, Tokenizer, decode_all, encode_all
 from distrust.data.trained_turns import Rendered, Span, render_conversation
 from distrust.errors import ConfigError, DataError, ModelError
+from distrust.option_values import OnLong
 
 # Records are tokenized in batches: large enough for the tokenizer's threads, small enough for memory.
 _BATCH_RECORDS = 512

@@ -21,11 +21,13 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from distrust import engines
 from distrust.atomic import atomic_directory, require_free
-from distrust.config import ExportDtype, ExportFormat, TrainConfig
+from distrust.checkpoint.remote.location import Location, parse_target, require_path
+from distrust.config import TrainConfig
 from distrust.engines import state_conversion
 from distrust.engines.loading import reference
 from distrust.errors import ConfigError
 from distrust.export.card import facts_of, model_card, public_name
+from distrust.option_values import ExportDtype, ExportFormat
 
 if TYPE_CHECKING:
     from distrust.checkpoint import Checkpoint, CheckpointFile
@@ -54,7 +56,7 @@ class ExportResult:
 
 
 def export(
-    target: str | os.PathLike[str],
+    target: str | os.PathLike[str] | Location,
     to: str | os.PathLike[str],
     *,
     format: ExportFormat | None = None,  # noqa: A002 - the usual word
@@ -85,11 +87,12 @@ def export(
     """
     _require_one_of("--format", format, ExportFormat)
     _require_one_of("--dtype", dtype, ExportDtype)
-    to = Path(os.path.abspath(to))
+    to = Path(os.path.abspath(require_path(to, "--to")))
     require_free(to)  # before anything slow
     # torch writes every format; without it, the framework of the checkpoint's engine, or any other.
     framework: engines.EngineName | None = "torch" if engines.is_installed("torch") else None
-    file, checkpoint = engines.read_checkpoint(Path(target), step=step, best=best, framework=framework)
+    source = parse_target(target, "target")
+    file, checkpoint = engines.read_checkpoint(source, step=step, best=best, framework=framework)
     engines.fingerprint_of(file, "model")  # refuses checkpoints that no training made
     config = engines.recorded_config(file)
     export_format = format or _default_format(config, file)

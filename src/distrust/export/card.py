@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from distrust import __version__
 from distrust.checkpoint import CheckpointFile
-from distrust.config import BUNDLED, WEIGHT_OPTIONS, Dtype, ExportDtype, ExportFormat, TrainConfig, as_names
+from distrust.config import TrainConfig
 from distrust.config_text import to_words
 from distrust.engines.loading import hub_name
 from distrust.errors import shorten
+from distrust.option_values import BUNDLED, WEIGHT_OPTIONS, Dtype, ExportDtype, ExportFormat, as_names
 from distrust.run_record import RunRecord
 
 #: Code that loads each format. "FOLDER" stands for the path of the exported folder.

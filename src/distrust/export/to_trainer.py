@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerState
 from distrust import engines
 from distrust.checkpoint import Checkpoint, CheckpointFile
 from distrust.checkpoint.files import errors_with_path
+from distrust.checkpoint.remote.location import Target, require_path
 from distrust.config import TrainConfig
 from distrust.contract import EngineState
 from distrust.engines.loading import reference
@@ -30,13 +31,14 @@ from distrust.training.schedule import learning_rate_of
 
 
 def to_trainer(
-    target: Path, to: Path, *, step: int | None = None, best: bool = False, model: str | None = None
+    target: Target, to: Path, *, step: int | None = None, best: bool = False, model: str | None = None
 ) -> tuple[CheckpointFile, list[str]]:
     """Write a checkpoint as a new folder, for ``train(resume_from_checkpoint=...)``.
 
     Takes and raises what :func:`distrust.export.export` does; also takes what :class:`DistrustCheckpoints`
     saved. Returns the checkpoint, and a line for each thing that is not kept.
     """
+    require_path(to, "--to")
     file, checkpoint = engines.read_checkpoint(target, step=step, best=best, framework="torch")
     dropped = ["losses since the last log: the Trainer's train_loss counts from here"]
     if "integration" in checkpoint.run and model is not None:
@@ -103,5 +105,6 @@ def _trainer_state(checkpoint: Checkpoint, config: TrainConfig) -> Any:
     config = replace(config, **intervals)  # the Trainer takes them, and warns if its arguments differ
     values = {"global_step": checkpoint.step, "max_steps": config.max_steps or 0, "log_history": log}
     values |= {"logging_steps": config.log_every, "eval_steps": config.eval_every}
-    values |= {"save_steps": config.save_every or checkpoint.step, "train_batch_size": config.batch_size}
+    steps = config.save_every if isinstance(config.save_every, int) else 0  # by time
+    values |= {"save_steps": steps or checkpoint.step, "train_batch_size": config.batch_size}
     return np.frombuffer(json.dumps(asdict(TrainerState(**values)), indent=2).encode(), np.uint8)

@@ -8,15 +8,16 @@ from pathlib import Path
 import numpy as np
 
 from distrust.checkpoint import Checkpoint, serialization
-from distrust.config import BUNDLED, TrainConfig, flag
-from distrust.config_text import RUN_CONFIG, from_toml
-from distrust.engines import config_of, read_checkpoint, select_engine
+from distrust.checkpoint.remote.location import parse_target
+from distrust.config import TrainConfig, flag
+from distrust.engines import config_of, read_checkpoint, select_engine, written_config
 from distrust.engines.state_conversion import target_modules
 from distrust.engines.target_modules import as_trained
 from distrust.errors import ConfigError
 from distrust.importers import convert
 from distrust.importers.detect import is_adapter_folder
 from distrust.importers.host_arrays import HostArray
+from distrust.option_values import BUNDLED
 from distrust.run_record import RunRecord
 from distrust.training.resume import Start, take_open_options
 
@@ -34,8 +35,8 @@ def read_start(config: TrainConfig) -> tuple[TrainConfig, Start]:
         ResumeRefused: they are not those of a plain LoRA.
         MissingDependency: their framework is not installed.
     """
-    path, framework = Path(str(config.from_)), select_engine(config)
-    if is_adapter_folder(path):
+    path, framework = parse_target(str(config.from_), "--from"), select_engine(config)
+    if isinstance(path, Path) and is_adapter_folder(path):
         imported = convert.read(path, None if config.model == BUNDLED else config.model)
         # An adapter may be in the format of the other engine.
         arrays = {name: np.ascontiguousarray(np.asarray(a)) for name, a in imported.model.items()}
@@ -48,8 +49,7 @@ def read_start(config: TrainConfig) -> tuple[TrainConfig, Start]:
     else:
         file, checkpoint = read_checkpoint(path, framework=framework)
         source = config_of(file)
-        if (path / RUN_CONFIG).is_file():  # its names are absolute; it may be a stranger's: no more is taken
-            written = from_toml(path / RUN_CONFIG, flag="--from")
+        if written := written_config(path, flag="--from"):  # its names are absolute; no more is taken
             source = replace(source, model=written.model, data=written.data)
     record = RunRecord.from_checkpoint(checkpoint)
     if "data" not in record.settings and config.data is None:

@@ -61,7 +61,7 @@ def _unit(axis: XAxis, longest: float) -> tuple[float, str]:
 
 def distinct_names(paths: Sequence[Path]) -> list[str]:
     """Short names of folders: their paths without the parts that all have in common at either end."""
-    parts = [Path(os.path.abspath(path)).parts for path in paths]  # resolves "..", not links
+    parts = [Path(os.path.abspath(str(path))).parts for path in paths]  # resolves "..", not links
     removable = min(map(len, parts)) - 1  # keep at least one part of each
     first = min(_count_common(parts), removable)
     last = min(_count_common([part[::-1] for part in parts]), removable - first)

@@ -11,7 +11,7 @@ import contextlib
 import math
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -22,7 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distrust.checkpoint import CheckpointFile, CheckpointManager, Scan, catalog
+from distrust.checkpoint.catalog import read_header
 from distrust.checkpoint.files import open_regular_file
+from distrust.checkpoint.remote.location import Location, Target
+from distrust.checkpoint.remote.remote_run import RemoteRun
 from distrust.config import key
 from distrust.data.distribution import ClassSummary, Distribution, Extreme, Quartiles
 from distrust.errors import (
@@ -34,6 +37,7 @@ from distrust.errors import (
     RunNotFound,
     warn,
 )
+from distrust.remote_copies import fetch_checkpoint, fetch_files
 from distrust.reporting import json_fields
 from distrust.reporting.metrics import MAX_LINE_BYTES, METRICS, PROVENANCE, STEP_FIELDS, WEIGHTING
 
@@ -109,28 +113,42 @@ class RunData:
         return [name.removeprefix(prefix) for name in names]
 
 
-def read_run(folder: Path) -> RunData:
-    """Read a run folder. Warns about each damaged checkpoint whose history it tried to read.
+def read_run(folder: Target) -> RunData:
+    """Read a run folder, here or in a store. Warns of each damaged checkpoint whose history it tried to read.
 
     Raises:
         RunNotFound: there is no run.
         DataError: a file has content that no run writes; names the file and the line or field.
         CheckpointError: the checkpoints cannot be read at all.
+        RemoteError: a store fails.
     """
+    if isinstance(folder, Location):
+        run = RemoteRun(folder)
+        if run.is_one:
+            raise RunNotFound(f"{folder}: is a file; give the URL of the run", path=folder.path)
+        with fetch_files(folder, METRICS, PROVENANCE) as files:
+            return _read(folder.path, files, run.scan(), lambda: [read_header(fetch_checkpoint(folder)[0])])
     if not folder.is_dir():
         problem = "is a file; give the folder of the run" if folder.exists() else NO_SUCH_FILE
         raise RunNotFound(f"{folder}: {problem}", path=folder)
     if folder.name == catalog.RUN_SUBDIRECTORY and (folder.parent / METRICS).is_file():  # an easy mistake
         raise RunNotFound(f"{folder}: holds the checkpoints of a run; give {folder.parent}", path=folder)
     checkpoints = catalog.scan(catalog.checkpoint_directory(folder))
-    lines = _read_metrics(folder / METRICS)  # None: no file
-    provenance = _read_provenance(folder / PROVENANCE)
+    return _read(folder, folder, checkpoints, lambda: checkpoints.files)
+
+
+def _read(
+    folder: Path, files: Path, checkpoints: Scan, with_history: Callable[[], Sequence[CheckpointFile]]
+) -> RunData:
+    """The content of a run; of what is in ``files``, messages name what is in ``folder``."""
+    lines = _read_metrics(files / METRICS)  # None: no file
+    provenance = _read_provenance(files / PROVENANCE)
     if lines is None and provenance is None and not (checkpoints.files or checkpoints.damaged):
         problem = f"no run here: neither checkpoints nor {METRICS}; give the --out of a run"
-        if (folder / catalog.RUN_SUBDIRECTORY).is_dir():
+        if (files / catalog.RUN_SUBDIRECTORY).is_dir():
             problem = "the run has made no step and saved nothing yet; try again later"
         raise RunNotFound(f"{folder}: {problem}", path=folder)
-    steps, evaluations = lines or (_history(checkpoints), _saved_evaluations(checkpoints))
+    steps, evaluations = lines or (_history(with_history()), _saved_evaluations(checkpoints))
     return RunData(folder, steps, evaluations, provenance, checkpoints, from_history=lines is None)
 
 
@@ -211,9 +229,9 @@ def _require_order(step: int, previous: int) -> None:
         json_fields.reject("step", f"{step} comes after {previous}")
 
 
-def _history(checkpoints: Scan) -> Steps:
+def _history(files: Sequence[CheckpointFile]) -> Steps:
     """The steps in the history of the newest intact checkpoint."""
-    for file in reversed(checkpoints.files):
+    for file in reversed(files):
         try:
             # Lazy verification: of a large checkpoint only the history is read, and that is verified.
             manager = CheckpointManager(file.path.parent)
