@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
-from distrust.config import Precision, TrainConfig
+from distrust.config import TrainConfig
 from distrust.data import MicroBatch, Tokenizer
+from distrust.option_values import Precision
 
 if TYPE_CHECKING:
     import numpy as np
@@ -157,6 +158,9 @@ class Engine(Protocol):
 
     def checksum(self) -> int:
         """A number that differs, as a rule, if any bit of the trained parameters or moments does."""
+
+    def frozen_checksums(self) -> Mapping[str, int]:
+        """For each frozen weight, a number that differs if any one bit of it does."""
 
     def evaluate(self, batch: MicroBatch) -> Losses:
         """Forward only, without dropout; changes no state."""

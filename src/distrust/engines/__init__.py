@@ -20,6 +20,7 @@ from distrust.engines.from_checkpoint import (
     open_checkpoint,
     read_checkpoint,
     recorded_config,
+    written_config,
 )
 from distrust.engines.generation import generate
 from distrust.engines.loading import read_chat_template
@@ -51,4 +52,5 @@ __all__ = [
     "recorded_engine",
     "require_installed",
     "select_engine",
+    "written_config",
 ]

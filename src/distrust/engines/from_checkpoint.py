@@ -20,6 +20,7 @@ from distrust.checkpoint.catalog import (
     scan,
 )
 from distrust.checkpoint.foreign import require_converted
+from distrust.checkpoint.remote.location import Location, Target, parse_target
 from distrust.config import TrainConfig
 from distrust.config_text import RUN_CONFIG, from_toml
 from distrust.contract import Engine, EngineState
@@ -28,16 +29,18 @@ from distrust.engines.loading import hub_name
 from distrust.engines.registry import EngineName, create_engine
 from distrust.engines.target_modules import as_trained
 from distrust.errors import ConfigError, ErrorTranslator, ModelError, ResumeRefused
+from distrust.remote_copies import fetch_checkpoint, fetch_files
 from distrust.run_record import RunRecord
 
 
 def read_checkpoint(
-    target: Path, *, step: int | None = None, best: bool = False, framework: EngineName | None = None
+    target: Target, *, step: int | None = None, best: bool = False, framework: EngineName | None = None
 ) -> tuple[CheckpointFile, Checkpoint]:
     """Resolve a target to one checkpoint, read it, and verify every byte. All commands resolve targets here.
 
     Args:
-        target: a run, a directory of checkpoints (its newest intact one), or a file.
+        target: a run, a directory of checkpoints (its newest intact one), or a file. What is in a store is
+            first copied into the cache.
         step: select this step of a run or directory.
         best: select the best checkpoint by the run's own metric.
         framework: of the arrays. Default: that of the newest checkpoint's engine, or else any installed one.
@@ -46,7 +49,12 @@ def read_checkpoint(
         CheckpointError: if there is no such checkpoint, or it is damaged.
         ConfigError: for ``step`` or ``best`` with a single file.
         MissingDependency: if no framework is installed.
+        RemoteError: if a store fails.
     """
+    if isinstance(target, Location):
+        copy, url = fetch_checkpoint(target, step=step, best=best)
+        file, checkpoint = read_checkpoint(copy, framework=framework)
+        return file._replace(path=url), checkpoint
     resolve(target)  # a wrong name is reported before anything is imported
     if framework is None:
         framework = registry.first_installed(_engine_of_newest(target), purpose=f"reading {target}")
@@ -60,7 +68,7 @@ def read_checkpoint(
 
 
 def open_checkpoint(
-    target: Path,
+    target: Target,
     *,
     step: int | None = None,
     best: bool = False,
@@ -140,7 +148,12 @@ def config_of_run(run: str | os.PathLike[str]) -> TrainConfig:
         CheckpointError: there is neither.
         ConfigError: an option is invalid, or it is no folder of a run.
     """
-    folder = Path(run)
+    folder = parse_target(run, "--resume")
+    if isinstance(folder, Location):
+        config = written_config(folder, flag="--resume")
+        if config is None:
+            raise ConfigError(f"--resume {folder}: has no {RUN_CONFIG}; give --out {folder}, and options")
+        return replace(config, out=str(folder), mirror=None, branch=None, from_step=None)
     if not os.path.isfile(folder / RUN_CONFIG):
         checkpoints = folder.parent if os.path.isfile(folder) else folder
         if checkpoints.name == RUN_SUBDIRECTORY:
@@ -155,6 +168,14 @@ def config_of_run(run: str | os.PathLike[str]) -> TrainConfig:
         if config.branch is not None:
             return replace(config, branch=str(folder))
     return replace(config, out=str(folder), branch=None, from_step=None)
+
+
+def written_config(run: Target, *, flag: str) -> TrainConfig | None:
+    """The config.toml of a run; None if it has none. It may be a stranger's."""
+    if isinstance(run, Location):
+        with fetch_files(run, RUN_CONFIG) as folder:
+            return written_config(folder, flag=flag)
+    return from_toml(run / RUN_CONFIG, flag=flag) if (run / RUN_CONFIG).is_file() else None
 
 
 def fingerprint_of(file: CheckpointFile, content: Literal["model", "data"]) -> str:
@@ -205,8 +226,4 @@ def _engine_for(checkpoint: Checkpoint) -> EngineName:
 def _manager(directory: Path) -> CheckpointManager:
     """Manager of a run's checkpoints that selects the best one by the run's own metric."""
     files = scan(directory).files
-    if not files:
-        return CheckpointManager(directory)
-    saved = RunRecord.from_header(files[-1].header).settings
-    rules = {name: saved[name] for name in ("metric", "metric_mode") if isinstance(saved.get(name), str)}
-    return CheckpointManager(directory, **rules)
+    return CheckpointManager(directory, **RunRecord.from_header(files[-1].header).best_rules if files else {})

@@ -17,12 +17,13 @@ from blake3 import blake3
 from distrust.bundled import CHAT_TEMPLATES, MODEL
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
 from distrust.checkpoint.format import tensor_hasher
-from distrust.config import BUNDLED, MODEL_OBJECT
+from distrust.checkpoint.remote.location import require_path
 from distrust.config_text import is_template
 from distrust.data import hub, turn_ends
 from distrust.engines import model_folder
 from distrust.engines.out_of_memory import describe, is_out_of_memory
 from distrust.errors import ConfigError, ModelError, OutOfMemory, quote_untrusted
+from distrust.option_values import BUNDLED, MODEL_OBJECT
 from distrust.options import read_text, suggest_name
 from distrust.paths import require_regular_files
 
@@ -49,7 +50,7 @@ def locate(name: str) -> tuple[str, bool]:
         return str(MODEL), True
     if name == MODEL_OBJECT:
         raise ModelError(f"--model {name}: a program passed the model; give its folder or hub name instead")
-    folder = Path(name)
+    folder = require_path(name, "--model")
     if not folder.exists():
         if not hub.is_name(name):
             raise ModelError(f"--model {name}: {hub.missing_reason(name)}")

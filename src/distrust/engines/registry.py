@@ -6,7 +6,6 @@ import os
 import platform
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, Literal
 
 from distrust.checkpoint import CheckpointFile
@@ -15,6 +14,7 @@ from distrust.config import TrainConfig
 from distrust.contract import DEFAULT_RECORDED_ENGINE, Engine
 from distrust.engines.loading import locate
 from distrust.errors import ConfigError, MissingDependency
+from distrust.paths import local_folder
 from distrust.ranks import SINGLE, Ranks
 from distrust.run_record import RunRecord
 
@@ -85,7 +85,7 @@ def select_engine(config: TrainConfig) -> EngineName:
     """The engine that ``config`` names, or that of the run it resumes, or this machine's default."""
     if config.engine != "auto":
         return config.engine
-    for folder in (config.run_directory, Path(config.out)):  # a branch starts from --out
+    for folder in (config.run_directory, local_folder(config.out)):  # a branch starts from --out
         files = scan(folder / RUN_SUBDIRECTORY).files
         if files and is_installed(recorded_engine(files[-1])):
             return recorded_engine(files[-1])

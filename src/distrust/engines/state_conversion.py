@@ -21,9 +21,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from distrust.config import ExportDtype, TrainConfig
+from distrust.config import TrainConfig
 from distrust.contract import EngineState
 from distrust.errors import ConfigError, ResumeRefused, quote_untrusted
+from distrust.option_values import ExportDtype
 
 _PEFT_PREFIX = "base_model.model."
 #: End of a name in peft and in mlx-lm, and whether the matrix is transposed.

@@ -12,11 +12,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from distrust.config import ExportDtype, TrainConfig
+from distrust.config import TrainConfig
 from distrust.engines import target_modules
 from distrust.engines.state_conversion import adapter_scale, out_of_range
 from distrust.engines.target_modules import Adaptable, Selection, layer_of
 from distrust.errors import ConfigError
+from distrust.option_values import ExportDtype
 
 _QUANTIZED = (nn.QuantizedLinear, QuantizedSwitchLinear)
 _LINEAR = (nn.Linear, SwitchLinear, *_QUANTIZED)

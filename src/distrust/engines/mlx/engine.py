@@ -14,12 +14,13 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.utils import get_total_parameters
 
 from distrust.checkpoint.memory import return_freed_memory
-from distrust.config import Precision, TrainConfig
+from distrust.config import TrainConfig
 from distrust.contract import DEFAULT_MAX_LENGTH, DeviceMemory, EngineState, Losses, accumulate_alone
 from distrust.data import MicroBatch
 from distrust.engines import state_conversion
@@ -38,6 +39,7 @@ from distrust.engines.mlx.optimizer import AdamW
 from distrust.engines.out_of_memory import out_of_memory
 from distrust.engines.target_modules import Selection, layer_of
 from distrust.errors import warn
+from distrust.option_values import Precision
 from distrust.ranks import SINGLE, Ranks
 
 
@@ -198,6 +200,12 @@ class MlxEngine:
         """The sum of all trained arrays and moments, read as integers."""
         arrays = [*self._trained.values(), *self._optimizer.m.values(), *self._optimizer.v.values()]
         return sum(int(mx.sum(array.view(mx.int32).astype(mx.int64))) for array in arrays)
+
+    def frozen_checksums(self) -> dict[str, int]:
+        """The sum of the bytes of each frozen array, by mlx-lm's names."""
+        arrays = dict(tree_flatten(self._model.parameters()))
+        frozen = {name: array.flatten() for name, array in arrays.items() if name not in self._trained}
+        return {name: int(mx.sum(array.view(mx.uint8))) for name, array in frozen.items()}
 
     @out_of_memory("evaluate")
     def evaluate(self, batch: MicroBatch) -> Losses:

@@ -14,11 +14,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.utils import load_model as mlx_lm_load_model
 from safetensors import SafetensorError, safe_open
 
-from distrust.config import Dtype, Quantization
 from distrust.engines import model_folder
 from distrust.engines.loading import load_error, locate_to_load, not_finite
 from distrust.engines.state_conversion import dtype_name
 from distrust.errors import ConfigError, ModelError
+from distrust.option_values import Dtype, Quantization
 
 #: Weights that share a scale; the second for models that are too narrow for the first.
 GROUP_SIZES = (64, 32)

@@ -31,7 +31,8 @@ from distrust.activity import STOPPING, current
 from distrust.errors import ConfigError, RankLost
 
 _END_SECONDS = 3600  # for the step and the save of ranks that have to end
-_WRONG_USAGE = 2  # the exit code
+#: Exit codes after which ranks do not start again: wrong usage, and a stop, as by a preemption notice.
+_LAST_CODES = {2, 128 + signal.SIGTERM}
 
 
 def run_ranks(
@@ -112,7 +113,7 @@ class Agent(LocalElasticAgent):
         close = self._pcontext.close
 
         def end_ranks(death_sig: int | None = None, timeout: int = 0) -> None:
-            if _WRONG_USAGE in self.exit_codes().values():
+            if _LAST_CODES & {*self.exit_codes().values()}:
                 self._remaining_restarts = 0
             self._send(signal.SIGCONT)  # a suspended one could not end
             close(death_sig, max(timeout, _END_SECONDS))

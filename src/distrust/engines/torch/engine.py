@@ -280,6 +280,12 @@ class TorchEngine:
         moments = [value for state in self._optimizer.state.values() for value in state.values()]
         return runtime.checksum([*self._trained.values(), *moments], self._device)
 
+    def frozen_checksums(self) -> dict[str, int]:
+        """A sum of the bits of each frozen weight and saved buffer, by the model's names."""
+        tensors = self.model.state_dict(keep_vars=True).items()
+        frozen = {name: tensor for name, tensor in tensors if not tensor.requires_grad}
+        return {name: runtime.checksum([tensor], self._device) for name, tensor in frozen.items()}
+
     @out_of_memory("evaluate")
     def evaluate(self, batch: MicroBatch) -> DeviceLosses:
         """Forward only, without dropout."""

@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distrust.config import Reduction
 from distrust.engines.micro_batches import owner
 from distrust.engines.torch.ranks import TorchRanks
 from distrust.errors import ConfigError
+from distrust.option_values import Reduction
 from distrust.ranks import Ranks
 
 #: Of a bucket, whose numbers travel in one call: large enough for the network, small for its buffers.

@@ -16,13 +16,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from distrust.config import ExportDtype, TrainConfig
+from distrust.config import TrainConfig
 from distrust.engines import state_conversion
 from distrust.engines.loading import cached_folder, load_tokenizer, reference, stop_ids
 from distrust.engines.model_folder import GENERATION_CONFIG, generation_config
 from distrust.engines.torch import adapter, model
 from distrust.engines.torch.engine import TorchEngine
 from distrust.errors import ConfigError, ErrorTranslator, warn
+from distrust.option_values import ExportDtype
 
 PEFT_WEIGHTS = "adapter_model.safetensors"  # the name that peft loads
 Write = Callable[[Path], None]

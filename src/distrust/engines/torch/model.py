@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
-from distrust.config import Quantization, TrainConfig
+from distrust.config import TrainConfig
 from distrust.engines.loading import cached_folder, load_error, load_pretrained
 from distrust.engines.model_folder import BuildLimit, weight_files
 from distrust.engines.out_of_memory import raise_if_out_of_memory
 from distrust.engines.state_conversion import dtype_name
 from distrust.engines.torch import quantization
 from distrust.errors import ConfigError, ModelError
+from distrust.option_values import Quantization
 
 
 def load_model(

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from distrust.config import Quantization
 from distrust.errors import MissingDependency
+from distrust.option_values import Quantization
 
 LIBRARY = "bitsandbytes"
 LINEAR = ("Linear4bit", "Linear8bitLt")  # its layers

@@ -17,10 +17,10 @@ import torch
 
 from distrust.activity import warn_once
 from distrust.checkpoint.memory import trim
-from distrust.config import Dtype, Precision
 from distrust.contract import DeviceMemory
 from distrust.engines import runtime
 from distrust.errors import ConfigError, ErrorTranslator
+from distrust.option_values import Dtype, Precision
 
 _TORCH: Any = torch  # for what it declares no types of
 _get_precision, _set_precision = _TORCH._C._get_fp32_precision_getter, _TORCH._C._set_fp32_precision_setter
