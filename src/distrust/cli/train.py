@@ -6,11 +6,11 @@ import argparse
 import shutil
 import textwrap
 from dataclasses import Field, field, fields, make_dataclass, replace
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
 
+from distrust.checkpoint.remote.location import require_path
 from distrust.cli import COMMANDS
 from distrust.cli.launch import Launch, end_with_agent, launch
 from distrust.config import TrainConfig, key, option_docs, option_groups
@@ -68,7 +68,9 @@ def _parse(arguments: list[str]) -> tuple[Launch, TrainConfig]:
     parsed = first.parse_known_args(arguments)[0]
     if len(parsed.config + parsed.resume) > 1:
         raise ConfigError("--config and --resume: give one of them, once")
-    base = from_toml(Path(*parsed.config)) if parsed.config else TrainConfig()  # the defaults of the flags
+    base = TrainConfig()  # the defaults of the flags
+    if parsed.config:
+        base = from_toml(require_path(parsed.config[0], "--config"))
     if parsed.resume:
         from distrust.engines import config_of_run  # late: only this needs the reader of checkpoints
 

@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from distrust.activity import STOPPING, current, in_notebook
-from distrust.errors import RunInProgress
+from distrust.errors import RunInProgress, warn
 from distrust.training.events import Reason
 
 WAKING_SECONDS = 0.5
@@ -73,6 +73,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signal: int | None = None  # number of the first signal
         self.asked = False  # whether set() was called
+        self.notice: str | None = None  # the preemption notice that asked to stop, and when it came
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -106,6 +107,12 @@ class StopRequest:
     def set(self) -> None:
         """Ask to stop without a signal; from any thread."""
         self.asked = True
+
+    def give_notice(self, notice: str) -> None:
+        """Ask to stop as SIGTERM does, because of a preemption notice; from any thread."""
+        if self.signal is None:
+            self.notice, self.signal = notice, signal.SIGTERM
+            warn(f"preemption notice ({notice}): the run saves after this step, and ends")
 
     def _record(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is not None:
