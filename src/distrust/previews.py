@@ -8,10 +8,11 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-from distrust.config import TrainConfig, as_names
+from distrust.config import TrainConfig
 from distrust.data import Conversation, DatasetStats, Record, ShownSequence, columns_of, show_record
 from distrust.engines.loading import load_context_length, load_tokenizer, locate
 from distrust.errors import ConfigError, DataError
+from distrust.option_values import as_names
 from distrust.reporting.preview import Preview
 from distrust.training.data_sources import limits_of, read_sample, template_notes, today_of
 from distrust.training.evaluation import example_weights

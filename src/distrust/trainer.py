@@ -12,17 +12,20 @@ from typing import Any
 from distrust import engines
 from distrust.activity import in_notebook
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
-from distrust.config import BUNDLED, EXAMPLES, MODEL_OBJECT, TrainConfig
+from distrust.config import TrainConfig
 from distrust.config_text import RUN_CONFIG
 from distrust.contract import Engine
 from distrust.errors import ConfigError, DistrustWarning
 from distrust.importers.start import read_start
+from distrust.option_values import BUNDLED, EXAMPLES, MODEL_OBJECT
 from distrust.paths import refuse_links
 from distrust.ranks import Ranks, leads
 from distrust.reporting import dashboards
 from distrust.reporting.metrics import METRICS, PROVENANCE
 from distrust.training.data_sources import Examples
 from distrust.training.events import Observer, RunEnded
+from distrust.training.mirroring import RunMirror
+from distrust.training.preemption import watch_notices
 from distrust.training.process import StopRequest, exclusive_run, run_in_thread
 from distrust.training.progress import RunState
 from distrust.training.recording import checkpoint_manager
@@ -91,7 +94,8 @@ class DistrustTrainer:
         self._config = config = replace(config, data=data)
         self._examples, self._eval_examples = examples, eval_examples  # may be generators: not read here
         self._observers = None if observers is None else tuple(observers)
-        self._manager = checkpoint_manager(config)
+        self._mirror = RunMirror(config, (METRICS, PROVENANCE, RUN_CONFIG))
+        self._manager = checkpoint_manager(config, self._mirror.settings)
         self._state = RunState(out=config.run_directory, max_steps=config.max_steps)
         self._stop: StopRequest | None = None  # of the run in progress
 
@@ -155,6 +159,7 @@ class DistrustTrainer:
         config, observers = self._config, self._observers
         refuse_links(*(config.run_directory / name for name in WRITTEN_NAMES))  # before anything is created
         with contextlib.ExitStack() as stack:
+            stack.enter_context(watch_notices(config.on_preemption, stop))
             self._joined = ranks = stack.enter_context(self._ranks or engines.join_ranks(config))
             if not leads(ranks):
                 observers = ()
@@ -168,6 +173,7 @@ class DistrustTrainer:
                 config=config,
                 engines=self._engines,
                 manager=self._manager,
+                mirror=self._mirror,
                 observers=observers,
                 stop=stop,
                 publish=self._publish,

@@ -14,9 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from distrust.activity import in_notebook
 from distrust.errors import printable
-from distrust.reporting.display import clock, pluralize
+from distrust.reporting.display import clock, duration, pluralize
 from distrust.reporting.notebook import CellOutput
 from distrust.training.events import (
+    CheckpointMirrored,
     CheckpointSaved,
     Evaluated,
     Event,
@@ -106,8 +107,12 @@ class ConsoleReporter:
                 self._last_saved = event.step
                 self._update_bar()
                 if not self._live:
-                    stall = event.stall_seconds * 1000
-                    self._print(f"step {event.step}: saved {_relative(event.path)} (stall {stall:.0f} ms)")
+                    stall, at_risk = duration(event.stall_seconds), duration(event.at_risk_seconds)
+                    text = f"stall {stall}; at most {at_risk} of work can be lost"
+                    self._print(f"step {event.step}: saved {_relative(event.path)} ({text})")
+            case CheckpointMirrored():
+                if not self._live:
+                    self._print(f"step {event.step}: in {event.url} ({event.behind_seconds:.1f} s later)")
             case MemoryReset():
                 levels = _change(event.before.host, event.after.host)
                 if event.before.device and event.after.device:
@@ -215,6 +220,7 @@ class ConsoleReporter:
         elif not event.finished:
             durable = "nothing to save yet" if event.path is None else f"step {event.step} is saved"
             by_signal = "" if event.signal is None else f" by {Signals(event.signal).name}"
+            by_signal = f" by a preemption notice ({event.notice})" if event.notice else by_signal
             again = "Train with the same config" if in_notebook() else "Run the same command"
             self._print(f"Stopped{by_signal}: {durable}. {again} to resume")
         else:

@@ -3,8 +3,8 @@
 This holds after a crash at any moment, for two reasons. A checkpoint only becomes durable after the lines of
 its steps. And a resumed run first repairs the file: it removes lines after the checkpoint's step (those steps
 are repeated), torn lines, duplicates and lines of other runs; it restores missing step lines from the
-checkpoint's history. Losses match the run to the last bit. ``seconds``, ``stall_seconds`` and the fields
-about memory describe the machine; restored lines lack them.
+checkpoint's history. Losses match the run to the last bit. Times and the fields about memory describe the
+machine; restored lines lack them.
 
 A failed write never stops a run: it warns, keeps the lines, and tries again at each checkpoint.
 """
@@ -21,8 +21,9 @@ from typing import Any
 
 from distrust.atomic import atomic_file
 from distrust.checkpoint.files import open_regular_file, open_to_write
-from distrust.config import STEP_METRICS, TrainConfig, key
+from distrust.config import TrainConfig, key
 from distrust.errors import ConfigError, WriteFailed, warn
+from distrust.option_values import STEP_METRICS
 from distrust.reporting.display import to_json
 from distrust.training.events import CheckpointStarted, Evaluated, Event, RunEnded, RunStarted, StepEnded
 
@@ -41,7 +42,7 @@ MEMORY_FIELDS = (
     "host_bytes", "host_peak_bytes", "device_bytes", "device_peak_bytes", "device_reserved_bytes"
 )  # fmt: skip
 #: The fields of a step's line, of which those about weights and about a device may be absent.
-STEP_FIELDS = ("step", *STEP_METRICS, "tokens", "seconds", "stall_seconds", *MEMORY_FIELDS)
+STEP_FIELDS = ("step", *STEP_METRICS, "tokens", "seconds", "stall_seconds", "at_risk_seconds", *MEMORY_FIELDS)
 
 
 class MetricsWriter:

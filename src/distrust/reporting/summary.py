@@ -12,7 +12,8 @@ import numpy as np
 from distrust.checkpoint import CheckpointFile
 from distrust.checkpoint.checkpoint import MAX_STEP
 from distrust.checkpoint.retention import Candidate, Retention, rank_by_metric
-from distrust.config import WEIGHT_OPTIONS, TrainConfig, key
+from distrust.config import TrainConfig, key
+from distrust.option_values import WEIGHT_OPTIONS
 from distrust.reporting.display import TABLE_NAME_CHARACTERS, class_name, duration, number, words
 from distrust.reporting.panels import classes_by_share
 from distrust.reporting.run_reader import RunData
@@ -132,6 +133,9 @@ def _machine_facts(run: RunData) -> Iterator[Fact]:
     if "stall_seconds" in columns and "seconds" in columns:
         seconds = float(zero_unknown(columns["stall_seconds"]).sum())
         yield Fact("checkpoint stall", f"{stall_share(run)[-1]:.2%}", duration(seconds))
+    if "at_risk_seconds" in columns:
+        most = float(zero_unknown(columns["at_risk_seconds"]).max())
+        yield Fact("work that can be lost", f"at most {duration(most)}", "between two durable checkpoints")
     if "device_peak_bytes" in columns:
         reserved = peak_memory(run, "device_reserved_bytes")
         yield Fact("peak device memory", peak_memory(run, "device_peak_bytes"), f"{reserved} reserved")

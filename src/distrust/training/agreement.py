@@ -30,6 +30,7 @@ class Requests:
     signal: int = 0  # number of the signal that asks to stop; 0 for none
     stop: bool = False  # a program asks to stop
     failed: bool = False  # an observer has failed
+    save: bool = False  # the leader's clock asks for a save after the next step
     reset: bool = False  # memory is to be reset
     excess: bool = False  # the next step would exceed a limit of memory
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
-from distrust.config import EXAMPLES, TrainConfig, as_names, flag
+from distrust.config import TrainConfig, flag
 from distrust.contract import DEFAULT_MAX_LENGTH
 from distrust.data import (
     Cache,
@@ -25,7 +25,6 @@ from distrust.data import (
     SeenColumns,
     Source,
     Tokenizer,
-    cache_folder,
     check_records,
     columns_of,
     examples_source,
@@ -36,6 +35,8 @@ from distrust.data import (
     turn_ends,
 )
 from distrust.errors import ConfigError, warn
+from distrust.option_values import EXAMPLES, as_names
+from distrust.paths import cache_folder
 from distrust.weighting import Weighting
 
 #: A warning lists at most this many source classes.

@@ -99,6 +99,7 @@ class StepEnded(_Printed):
     seconds: float  # duration of the step
     stall_seconds: float  # how long checkpoints stalled training since the step before
     memory: MemoryUse  # after the step
+    at_risk_seconds: float = 0.0  # most work since the step before that a crash would have cost
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +132,16 @@ class CheckpointSaved(_Printed):
     step: int
     path: Path
     stall_seconds: float  # how long it stalled training
+    at_risk_seconds: float = 0.0  # work that a crash just before would have cost
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointMirrored(_Printed):
+    """A checkpoint is in the mirror: it survives the loss of this machine."""
+
+    step: int
+    url: str  # of the mirror
+    behind_seconds: float  # how long after it was durable here
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +165,7 @@ class RunEnded(_Printed):
     reason: Reason  # why the run ended
     signal: int | None  # number of the signal that asked to stop, or None
     already_finished: bool  # whether there was nothing left to do from the start
+    notice: str | None = None  # the preemption notice that asked to stop, and when it came
 
     @property
     def finished(self) -> bool:
@@ -163,7 +175,7 @@ class RunEnded(_Printed):
 
 Event = (
     Preparing | RunStarted | StepEnded | Evaluated
-    | CheckpointStarted | CheckpointSaved | MemoryReset | RunEnded
+    | CheckpointStarted | CheckpointSaved | CheckpointMirrored | MemoryReset | RunEnded
 )  # fmt: skip
 Observer = Callable[[Event], None]
 

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from distrust.checkpoint import Checkpoint
-from distrust.config import STEP_METRICS, TrainConfig, flag
+from distrust.config import TrainConfig, flag
 from distrust.errors import ConfigError, ResumeRefused, quote_untrusted, warn
+from distrust.option_values import STEP_METRICS
 from distrust.run_record import RunRecord
 
 #: A run holds numbers in memory for each of its steps, so an imported step number is bounded.

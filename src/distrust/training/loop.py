@@ -9,22 +9,24 @@ that it would have made.
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointManager
 from distrust.data import MicroBatch
 from distrust.errors import CorruptCheckpoint, ErrorTranslator, NonFiniteLoss, OutOfMemory, warn
-from distrust.ranks import Ranks, gather_json, of_leader
+from distrust.ranks import Ranks, gather_json, leads, of_leader
 from distrust.run_record import RunRecord
-from distrust.training import resume, resume_point
+from distrust.training import resume, resume_point, save_interval
 from distrust.training.agreement import Requests, require_equal_weights
 from distrust.training.events import Broadcaster, Evaluated, MemoryReset, Reason
 from distrust.training.memory_guard import MemoryGuard
+from distrust.training.mirroring import RunMirror
 from distrust.training.prepare_data import PreparedData
 from distrust.training.process import StopRequest
 from distrust.training.progress import Progress
+from distrust.training.recheck import Rechecker
 from distrust.training.recording import record_state
 from distrust.training.saver import Saver
 from distrust.training.step import EngineHolder, StepRunner, prefetch
@@ -42,12 +44,20 @@ class TrainingLoop:
     events: Broadcaster
     stop: StopRequest
     ranks: Ranks
+    mirror: RunMirror
 
     def __post_init__(self) -> None:
         self._config = self.data.config
         self._model_is_folder = Path(self._config.model).is_dir()
+        self._notice = ""  # about the interval of saves, given once
         self._memory = MemoryGuard(self._config, self.engines.current)
         self._steps = StepRunner(engines=self.engines, data=self.data, saver=self.saver, memory=self._memory)
+        self._recheck = Rechecker(
+            steps=self._steps,
+            ranks=self.ranks,
+            save=lambda: self._save_unsaved(final=False),
+            good_step=self.progress.step,
+        )
         self._name_durable = ErrorTranslator((OutOfMemory,), self._with_durable)
 
     def run(self) -> Reason | None:
@@ -56,6 +66,7 @@ class TrainingLoop:
         Returns why the run is complete; None if it is not.
         """
         first_step = self.progress.step + 1
+        self.saver.start_clock()
         require_equal_weights(self.ranks, self.engines.current, step=self.progress.step)
         if not self.stop_reason():
             self._check_memory_limit(self._agree(), before_first_step=True)
@@ -72,7 +83,8 @@ class TrainingLoop:
             while not self._should_end(requests):
                 with self._name_durable:
                     step, batches = next(steps)
-                    ended = self._steps.run(step, batches)
+                    ended = self._recheck.run(step, batches)
+                self.saver.times.step = ended.seconds
                 self.progress.add_step(ended)  # before the event: observers may read the state
                 self.events.emit(ended)
                 if step == first_step and self._config.save_every:
@@ -80,9 +92,12 @@ class TrainingLoop:
                     device = resume_point.load_device(self._config, self.engines.current, 0)
                     self.saver.reserve(self._checkpoint, device=device)
                 is_best = self._evaluation_is_due() and self._evaluate()
-                if self._save_is_due(is_best=is_best):
+                if self._save_is_due(is_best=is_best, by_time=requests.save):
                     self._save(final=False)  # in the background
                 self.saver.poll()
+                if leads(self.ranks):
+                    self.mirror.poll(self.manager, self.events.emit)
+                    self._snapshot()  # after the evaluation, whose result belongs to the step
                 requests = self._agree()
                 if not self._should_end(requests):
                     requests = self._check_memory(requests)
@@ -97,6 +112,7 @@ class TrainingLoop:
             signal=self.stop.signal or 0,
             stop=self.stop.asked,
             failed=self.events.error is not None,
+            save=self._timed_save_is_due(),
             reset=self._memory.reset_due(self.progress.step),
             excess=self._memory.find_excess() is not None,
         ).agree(self.ranks)
@@ -117,11 +133,25 @@ class TrainingLoop:
     def _evaluation_is_due(self) -> bool:
         return self.stop_reason() is not None or self.progress.step % self._config.eval_every == 0
 
-    def _save_is_due(self, *, is_best: bool) -> bool:
-        if not self._config.save_every or self.stop_reason():  # the final save follows the loop
+    def _timed_save_is_due(self) -> bool:
+        """Whether to save after the next step, by the leader's clock: no two clocks are the same."""
+        if isinstance(self._config.save_every, int) or not leads(self.ranks):
             return False
+        times = self.saver.times
+        if not self._notice and (notice := save_interval.notice(self._config, times)):
+            self._notice = notice
+            warn(notice)
+        return save_interval.is_due(self._config, times, time.perf_counter())
+
+    def _save_is_due(self, *, is_best: bool, by_time: bool) -> bool:
+        config = self._config
+        if not config.save_every or self.stop_reason():  # the final save follows the loop
+            return False
+        every = config.save_every  # if it is a time, steps to keep are saved besides
+        steps = (every,) if isinstance(every, int) else (config.keep_every, config.mirror_keep_every)
+        is_due = by_time or any(n and self.progress.step % n == 0 for n in steps)
         # The best state so far is saved at once: it may remain the best.
-        return self.progress.step % self._config.save_every == 0 or (is_best and self._config.keep_best > 0)
+        return is_due or (is_best and config.keep_best > 0)
 
     def _check_memory(self, requests: Requests) -> Requests:
         """Reset the memory if it is due, and stop before a step that would not fit."""
@@ -153,6 +183,7 @@ class TrainingLoop:
     def _reset_memory(self) -> None:
         """Drop model, optimizer and caches, and rebuild them from the base model and the checkpoint."""
         start, previous = time.perf_counter(), self._memory.use
+        self.saver.wait_snapshot()  # it refers to arrays that are to be freed
         engine = self.engines.rebuild(self._config)  # from here on the checkpoint is the only copy
         state = resume_point.load_step(self._config, self.manager, engine, self.ranks, self.progress.step)
         record = RunRecord.from_checkpoint(state)
@@ -189,6 +220,12 @@ class TrainingLoop:
         self.saver.wait()
         if not self.saver.is_durable(self.progress.step, final=final):
             self.saver.start(self._finite_checkpoint, final=final)
+
+    def _snapshot(self) -> None:
+        """Keep the current state in shared memory unless it is durable."""
+        if self._config.step_snapshots and not self.saver.is_durable(self.progress.step):
+            with suppress(NonFiniteLoss):  # the next step, or a save, raises it on all ranks
+                self.saver.snapshot(self._finite_checkpoint, budget=self._config.save_budget)
 
     def _evaluate(self) -> bool:
         """Evaluate; returns whether it was the best evaluation so far."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from distrust import weighting
-from distrust.config import STEP_METRICS, WEIGHT_METRICS, TrainConfig
+from distrust.config import TrainConfig
 from distrust.data import (
     Batches,
     Corpus,
@@ -29,6 +29,7 @@ from distrust.data import (
     summarize_weights,
 )
 from distrust.errors import ConfigError, DataError, warn
+from distrust.option_values import STEP_METRICS, WEIGHT_METRICS
 from distrust.training.data_sources import (
     Sources,
     limits_of,

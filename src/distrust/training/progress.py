@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from distrust.checkpoint.retention import MetricMode
-from distrust.config import STEP_METRICS
+from distrust.option_values import STEP_METRICS
 from distrust.run_record import RunRecord
 from distrust.training.events import StepEnded
 

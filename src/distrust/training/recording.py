@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from distrust.checkpoint import Checkpoint, CheckpointManager
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY
+from distrust.checkpoint.remote.mirror import Mirror
 from distrust.config import TrainConfig
 from distrust.contract import Engine
 from distrust.run_record import RunRecord
@@ -14,8 +15,8 @@ from distrust.training.progress import Progress
 from distrust.training.resume import fingerprints
 
 
-def checkpoint_manager(config: TrainConfig) -> CheckpointManager:
-    """The manager of a run's checkpoints; it takes no lock yet."""
+def checkpoint_manager(config: TrainConfig, mirror: Mirror | None = None) -> CheckpointManager:
+    """The manager of a run's checkpoints; it takes no lock yet, and contacts nobody."""
     return CheckpointManager(
         config.run_directory / RUN_SUBDIRECTORY,
         keep_last=config.keep_last,
@@ -24,6 +25,7 @@ def checkpoint_manager(config: TrainConfig) -> CheckpointManager:
         metric=config.metric,
         metric_mode=config.metric_mode,
         record_host=config.host,
+        mirror=mirror,
     )
 
 

@@ -11,11 +11,14 @@ from typing import Any, cast
 from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager, Scan, foreign
 from distrust.checkpoint.catalog import RUN_SUBDIRECTORY, list_names
 from distrust.checkpoint.foreign import require_converted
-from distrust.config import EXAMPLES, TrainConfig, as_names
+from distrust.checkpoint.remote.location import is_url, parse
+from distrust.config import TrainConfig
 from distrust.config_text import RUN_CONFIG, from_toml
 from distrust.contract import Engine
 from distrust.errors import ConfigError, CorruptCheckpoint, RanksDiffer, quote_untrusted
+from distrust.option_values import EXAMPLES, as_names
 from distrust.ranks import Ranks, gather_json
+from distrust.remote_copies import fetch_checkpoint
 from distrust.run_record import RunRecord
 from distrust.training import imported
 from distrust.training.events import Reason
@@ -61,14 +64,23 @@ def recorded_run(config: TrainConfig, manager: CheckpointManager) -> RunRecord |
     files = manager.scan().files
     if files:
         file = files[-1]
-    elif config.from_step is not None:  # a new branch; only read from
-        file = CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY).inspect(config.from_step)
+    elif config.from_step is not None:  # a new branch
+        source, branching_point = _branch_source(config, config.from_step)
+        file = source.inspect(branching_point)
     else:
         return None
     record = RunRecord.from_header(file.header)
     if not record.imported_from:
         return record
     return replace(record, config=imported.complete_config(record.config, config))
+
+
+def _branch_source(config: TrainConfig, step: int) -> tuple[CheckpointManager, int | Path]:
+    """The checkpoints of the run that a branch begins from, which are only read; and which one of them."""
+    if is_url(config.out):
+        copy, _ = fetch_checkpoint(parse(config.out, "--out"), step=step)
+        return CheckpointManager(copy.parent), copy  # not the step: older copies may be of another state
+    return CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY), step
 
 
 def find_finished_run(
@@ -202,10 +214,10 @@ def _find_resume_point(
         return checkpoint, manager.inspect(checkpoint.step)
     if step is None:
         return None
-    source = CheckpointManager(Path(config.out) / RUN_SUBDIRECTORY)  # a new branch; only read from
-    file = source.inspect(step)
+    source, branching_point = _branch_source(config, step)
+    file = source.inspect(branching_point)
     options = plain if file.is_foreign else _loading(config, engine, ranks, file.bytes)
-    return source.load(step, **options), file
+    return source.load(branching_point, **options), file
 
 
 def _already_branched(step: int, scan: Scan) -> bool:

@@ -15,10 +15,12 @@ from typing import Any
 
 from distrust.activity import current
 from distrust.checkpoint import CheckpointFile, CheckpointManager
-from distrust.config import TrainConfig, as_names
+from distrust.checkpoint.remote.location import is_url
+from distrust.config import TrainConfig
 from distrust.config_text import from_mapping, to_words, write_options
 from distrust.contract import Engine
-from distrust.errors import CheckpointError, ConfigError, DistrustError, ResumeRefused
+from distrust.errors import CheckpointError, ConfigError, DistrustError, ResumeRefused, warn
+from distrust.option_values import as_names
 from distrust.ranks import Ranks, gather_json, leads, of_leader
 from distrust.run_record import RunRecord
 from distrust.training import imported, resume, resume_point
@@ -27,9 +29,11 @@ from distrust.training.data_sources import Examples, Sources, read_sources, temp
 from distrust.training.events import Broadcaster, Observer, Preparing, Reason, RunEnded, RunStarted
 from distrust.training.loop import TrainingLoop
 from distrust.training.memory_guard import require_limited_device
+from distrust.training.mirroring import RunMirror
 from distrust.training.prepare_data import PreparedData, prepare_data
 from distrust.training.process import StopRequest
 from distrust.training.progress import BestTracker, Progress, RunState
+from distrust.training.recheck import require_repeatable
 from distrust.training.resume import ReadStart, Start
 from distrust.training.saver import FollowerSaver, Saver
 from distrust.training.step import EngineHolder
@@ -46,6 +50,7 @@ class Run:
     config: TrainConfig
     engines: EngineHolder
     manager: CheckpointManager
+    mirror: RunMirror
     observers: Iterable[Observer]
     stop: StopRequest
     publish: Callable[[RunState], None]
@@ -66,6 +71,8 @@ class Run:
         """Train to the end, or until something asks to stop; see ``DistrustTrainer.train``."""
         with self.manager:
             ended = self._train(examples, eval_examples)
+            if leads(self.ranks):
+                self.mirror.finish(self.manager, self._events.emit)
             self._events.emit(ended)  # after the last save: what it reports is durable
         if self._events.error is not None:  # an observer failed; the run is saved
             raise self._events.error
@@ -73,15 +80,20 @@ class Run:
 
     def _train(self, examples: Examples | None, eval_examples: Examples | None) -> RunEnded:
         require_same_options(self.ranks, self.config)
+        if leads(self.ranks):
+            self.mirror.fetch_newer(self.manager, self._events.emit)
         resume_point.require_newest_on_leader(self.ranks, self.manager)
         options, self._differences, finished, has_start = of_leader(self.ranks, self._begin)
         if not leads(self.ranks):  # they need not see the folder of the run
             self.config = from_mapping(options, where=self.ranks.describe(0))
             self._finished = finished and (None, finished)
             self._start = self.read_start(self.config)[1] if has_start else None
-        if self._finished is not None:
-            return self._end_untrained(*self._finished, already_finished=True)
         try:
+            if self._finished is not None:
+                file = self._finished[0]
+                if file is not None:  # an earlier process may not have copied it
+                    self._begin_mirror(file.step)
+                return self._end_untrained(*self._finished, already_finished=True)
             with resume.errors_with(self._differences, self.config):
                 # Errors in the data are raised before anything is created in the run's folder.
                 sources = read_sources(
@@ -104,9 +116,12 @@ class Run:
 
     def _begin(self) -> tuple[dict[str, Any], list[str], Reason | None, bool]:
         """Settle the options, and find out whether the run is complete; what followers need of that."""
+        asks_for_older = self.config.from_step is not None and self.config.branch is None
+        if not asks_for_older and (path := self.manager.rescue()):
+            warn(f"{path}: the process before died after this step, which was still in memory: saved")
         resume_point.require_startable(self.config, self.manager)
-        if self.config.from_ is not None:  # recorded: the same in every working directory
-            self.config = replace(self.config, from_=os.path.abspath(self.config.from_))
+        if (name := self.config.from_) and not is_url(name):  # recorded: the same in every working directory
+            self.config = replace(self.config, from_=os.path.abspath(name))
         record = resume_point.recorded_run(self.config, self.manager)
         if record is not None:
             self._follow_moved_start(record)
@@ -146,6 +161,7 @@ class Run:
         if config.dtype == "auto":  # it is compared and recorded, too
             config = replace(config, dtype=engine.dtype)
         require_limited_device(config, engine)
+        require_repeatable(config, engine)
         # Every byte of the checkpoint is verified before it is used.
         checkpoint, file = resume_point.load_resume_point(config, self.manager, engine, self.ranks)
         if checkpoint is not None:
@@ -178,6 +194,7 @@ class Run:
         resume_point.require_not_made(self.config, data.max_steps, step=progress.step)
         option = f"--epochs {config.epochs}" if self.config.max_steps is None else "--max-steps"
         source = file.path.parent.parent if file else out
+        self._begin_mirror(progress.step)
         data = resume.fit_schedule(data, given=option, step=progress.step, source=source)
         if leads(self.ranks):  # as given: with more epochs, a resume has more steps
             write_options(replace(data.config, max_steps=self.config.max_steps))
@@ -193,6 +210,7 @@ class Run:
             events=self._events,
             stop=self.stop,
             ranks=self.ranks,
+            mirror=self.mirror,
         )
 
     def _build_engine(self, config: TrainConfig) -> Engine:
@@ -208,9 +226,16 @@ class Run:
             self._saver = Saver(self.manager, self._events.emit)  # of a follower, too
         return engine
 
+    def _begin_mirror(self, step: int) -> None:
+        if leads(self.ranks):
+            self.mirror.begin(self.manager, step, self._events.emit, self._require_no_stop)
+
     def _report(self, task: str, completed: int, total: int) -> None:
         """Report the progress of the preparation; raises _StopRequested if something asks to stop."""
         self._events.emit(Preparing(task, completed, total))
+        self._require_no_stop()
+
+    def _require_no_stop(self) -> None:
         if self.stop.is_set:
             raise _StopRequested
 
@@ -242,6 +267,7 @@ class Run:
             warmup_steps=data.warmup_steps,
             notes=(
                 *sources.notes,
+                *([f"each checkpoint is copied to {self.mirror.name}"] if self.mirror.name else []),
                 *([f"--dtype {engine.dtype}"] if engine.dtype != "float32" else []),
                 *template_notes(sources.training.stats, sources.training.reader.columns, engine.tokenizer),
                 *engine.adapted,
@@ -264,6 +290,7 @@ class Run:
         """The last event: the run is complete if there is a reason, otherwise something asked to stop."""
         newest = (file.step, str(file.path), file.state_digest) if file else (0, None, None)
         step, path, digest = of_leader(self.ranks, lambda: newest)
+        notices = [notice for notice in gather_json(self.ranks, self.stop.notice) if notice]
         return RunEnded(
             step=step,
             path=Path(path) if path else None,
@@ -272,6 +299,7 @@ class Run:
             reason=reason or self.stop.reason,
             signal=None if reason else self.stop.signal,
             already_finished=already_finished,
+            notice=notices[0] if notices and not reason else None,
         )
 
     def _publish(self) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from distrust.checkpoint import Checkpoint, CheckpointManager, PendingSave
 from distrust.checkpoint.files import checkpoint_file_name
+from distrust.checkpoint.step_snapshots import StepSnapshots
 from distrust.errors import CheckpointError, SaveFailed, warn
 from distrust.training.events import CheckpointSaved, CheckpointStarted, Observer
+from distrust.training.save_interval import SaveTimes
 
 #: This many failed saves in a row stop the run. Fewer only warn, because the next save may succeed.
 MAX_FAILURES = 3
@@ -21,13 +23,23 @@ class Saver:
 
     def __init__(self, manager: CheckpointManager, emit: Observer) -> None:
         self.last_durable: tuple[int, bool] | None = None  # newest durable step, and whether it is final
-        self.stall_seconds = 0.0  # how long all saves of this session stalled the loop
         self._manager = manager
         self._emit = emit
         self._pending: PendingSave | None = None
+        self._snapshots: StepSnapshots | None = None
         self._pending_save: tuple[int, bool] = (0, False)
-        self._pending_stall = 0.0
-        self._failures = 0
+        self.start_clock()
+
+    @property
+    def stall_seconds(self) -> float:
+        """How long saves and snapshots of steps have stalled training in this session."""
+        return self.times.total_stall + (self._snapshots.total_stall if self._snapshots is not None else 0.0)
+
+    def start_clock(self) -> None:
+        """Begin to measure the session: from here on a crash costs work."""
+        now = time.perf_counter()
+        self.times = SaveTimes(began=now, save_began=now, durable_since=now)
+        self._most_at_risk = 0.0  # since the last call of take_at_risk
 
     @property
     def last_path(self) -> Path | None:
@@ -36,7 +48,8 @@ class Saver:
 
     def reserve(self, make: Callable[[], Checkpoint], *, device: str | None) -> None:
         """Allocate the snapshot buffer of all saves, for checkpoints like this one."""
-        self._manager.reserve(make().nbytes, device=device)
+        self.times.nbytes = make().nbytes
+        self._manager.reserve(self.times.nbytes, device=device)
 
     def start(self, make: Callable[[], Checkpoint], *, final: bool) -> None:
         """Start saving a checkpoint, after the pending save.
@@ -44,18 +57,32 @@ class Saver:
         Model and optimizer may still be copied when this returns: :meth:`wait_copied` before they change.
         """
         self.wait()
-        self._pending_stall = 0.0
+        self.times.save_began, self.times.stall = time.perf_counter(), 0.0
+        self.times.saves += 1
+        self._ended = ended = list[float]()
         with self._measure_stall():
             checkpoint = make()  # part of the stall
             self._emit(CheckpointStarted(checkpoint.step, self._path(checkpoint.step, final)))
             self._pending = self._manager.save_async(checkpoint, final=final, overlap=True)
+        self._pending.add_done_callback(lambda: ended.append(time.perf_counter()))
         self._pending_save = checkpoint.step, final
+
+    def snapshot(self, make: Callable[[], Checkpoint], *, budget: float) -> None:
+        """Keep a state in shared memory, within a budget (percent); :meth:`wait_copied` as after a save."""
+        self._snapshots = self._manager.snapshot(make, budget=budget, overlap=True)
 
     def wait_copied(self) -> None:
         """Wait until model and optimizer may change."""
         if self._pending is not None:
             with self._measure_stall():
                 self._pending.wait_copied()
+        if self._snapshots is not None:
+            self._snapshots.wait_copied()
+
+    def wait_snapshot(self) -> None:
+        """Wait until no snapshot of a step refers to the engine's arrays."""
+        if self._snapshots is not None:
+            self._snapshots.wait()
 
     def poll(self) -> None:
         """Collect the result of the pending save if it has ended."""
@@ -75,14 +102,26 @@ class Saver:
             with self._measure_stall():
                 path = pending.wait()
         except SaveFailed as error:
-            self._failures += 1
-            if strict or self._failures == MAX_FAILURES:
+            self.times.failures += 1
+            if strict or self.times.failures == MAX_FAILURES:
                 raise self._final_error(error) from error
             warn(f"{error}. Training continues, and the next save tries again")
         else:
-            self._failures = 0  # counts failures in a row
             self.last_durable = self._pending_save  # only now: the checkpoint is on disk under its name
-            self._emit(CheckpointSaved(self._pending_save[0], path, self._pending_stall))
+            times = self.times
+            ended = (*self._ended, time.perf_counter())[0]  # its callback may come a moment later
+            at_risk = ended - times.durable_since
+            self._most_at_risk = max(self._most_at_risk, at_risk)
+            times.failures, times.duration = 0, ended - times.save_began
+            times.durable_since = times.save_began
+            with contextlib.suppress(OSError):  # another process may have removed it
+                times.nbytes = path.stat().st_size  # with the parts of all ranks
+            self._emit(CheckpointSaved(self._pending_save[0], path, self.times.stall, at_risk))
+
+    def take_at_risk(self) -> float:
+        """The most seconds of work that were not durable, at any moment since the last call."""
+        most, self._most_at_risk = self._most_at_risk, 0.0
+        return max(most, time.perf_counter() - self.times.durable_since)
 
     def is_durable(self, step: int, *, final: bool = False) -> bool:
         """Whether the checkpoint of a step is durable; with ``final``, as the final checkpoint."""
@@ -104,7 +143,7 @@ class Saver:
         return f"step {step} was saved, but its checkpoint no longer exists"
 
     def _final_error(self, error: SaveFailed) -> SaveFailed:
-        times = f" {self._failures} times in a row" if self._failures > 1 else ""
+        times = f" {self.times.failures} times in a row" if self.times.failures > 1 else ""
         return SaveFailed(
             f"{error}. Saving failed{times}, so training stopped at step {self._pending_save[0]}; "
             f"{self._describe_remaining()}",
@@ -123,8 +162,8 @@ class Saver:
             yield
         finally:
             stall = time.perf_counter() - start
-            self._pending_stall += stall
-            self.stall_seconds += stall
+            self.times.stall += stall
+            self.times.total_stall += stall
 
 
 class FollowerSaver(Saver):

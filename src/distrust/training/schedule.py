@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from distrust.config import Schedule, TrainConfig
+from distrust.config import TrainConfig
+from distrust.option_values import Schedule
 
 
 def warmup(steps: int, ratio: float | None, *, schedule_steps: int) -> int:

@@ -102,6 +102,7 @@ class StepRunner:
             seconds=time.perf_counter() - start,
             stall_seconds=self._reported_stall - previous_stall,
             memory=self.memory.observe_step(engine),
+            at_risk_seconds=self.saver.take_at_risk(),
         )
 
     def _max_norm(self, batches: Sequence[MicroBatch], tokens: int) -> float:
