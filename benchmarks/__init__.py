@@ -11,4 +11,5 @@ results     medians, and ratios within a repeat
 operations  which rows are compared with which limit, and the targets
 tables, picture
 stall       what saving costs a training run: ``python -m benchmarks.stall``
+remote      what a mirror costs: ``python -m benchmarks.remote``
 """

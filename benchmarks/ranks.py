@@ -30,7 +30,7 @@ from rich.console import Console
 
 from benchmarks.driver import ROOT
 from benchmarks.training.work import SIZES, make
-from distrust.config import Reduction
+from distrust.option_values import Reduction
 
 RANKS = 2
 #: Percent of a step, and part of the speed of one process with as many threads as there are ranks.

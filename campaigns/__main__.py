@@ -13,8 +13,8 @@ import subprocess
 import sys
 
 CAMPAIGNS = (
-    "power_loss", "failing_calls", "killed_saves", "kills", "signals", "damage", "failing_disks",
-    "concurrency", "fuzz", "integrations", "ranks", "long_run",
+    "power_loss", "failing_calls", "killed_saves", "kills", "killed_steps", "signals", "damage",
+    "failing_disks", "concurrency", "fuzz", "integrations", "ranks", "remote", "long_run",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shlex
 import sys
@@ -17,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 PROGRESS_SECONDS = 5.0  # from one line of progress to the next
 #: Prefix of the counts of what this machine cannot run.
@@ -182,7 +184,9 @@ def run(
     campaign.own_options = _own_options(options, campaign.options)
     counter_example = None
     try:
-        body(campaign)
+        # Killed runs would leave their steps in shared memory, and resume from them. The kills want that.
+        with patch.dict(os.environ, DISTRUST_SHM=""):
+            body(campaign)
     except CounterExample as error:
         counter_example = str(error)
     campaign.report(counter_example)

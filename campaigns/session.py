@@ -24,6 +24,7 @@ from typing import Protocol, Self
 from campaigns.child import HANG_SECONDS, PYTHON, Child, ChildFailed, default_sigint, python_environment
 
 POLL_SECONDS = 0.0002  # a save takes a few ms
+_END_SECONDS = 0.005  # how late the end of a process may be noticed
 
 
 class Command:
@@ -162,7 +163,7 @@ class Session:
     def wait(self) -> int:
         """Wait for its end; returns the exit code, negative if a signal ended it."""
         while self.running:
-            time.sleep(POLL_SECONDS)
+            time.sleep(_END_SECONDS)
         code = self._process.poll()
         assert code is not None
         return code

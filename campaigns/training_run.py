@@ -21,8 +21,8 @@ from campaigns.oracle import Rules
 from campaigns.session import Command, Forks, Launcher, Session
 from campaigns.triggers import Trigger, send_at
 from distrust.checkpoint import catalog
-from distrust.config import STEP_METRICS
 from distrust.errors import DistrustError
+from distrust.option_values import STEP_METRICS
 from distrust.reporting.metrics import METRICS, STEP_FIELDS
 
 Reference = TypeVar("Reference")
@@ -45,6 +45,7 @@ LOADING, LOOP = "loading the model ", "training "
 #: What a training imports: most of its time before the first step.
 IMPORTS = [
     *("distrust.cli.train", "distrust.engines.torch.engine", "distrust.reporting.console"),
+    *("distrust.trainer", "distrust.training.run", "distrust.checkpoint.arrays.of_torch"),
     *("distrust.training", "numpy.random", "peft", "transformers.models.auto.modeling_auto"),
     *("transformers.models.auto.tokenization_auto", "transformers.models.llama.modeling_llama"),
 ]

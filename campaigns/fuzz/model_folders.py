@@ -21,7 +21,7 @@ from campaigns.fuzz import corruptions, families
 from campaigns.fuzz.workplace import CODE, Workplace
 
 MODELS = "model and adapter folders"  # label of the counts
-RANDOM_MODELS = 12  # in a case
+RANDOM_MODELS = 6  # in a case
 _SIZES = (10**4, 10**6, 10**9, 2**31, 2**40, 10**18, -1, 0, 1.5, "9", True, None, [10**6], {"a": 10**9})
 _SIZE_NAMES = (
     "num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "encoder_layers", "depth",

@@ -17,7 +17,7 @@ from campaigns.fuzz import corruptions, obstacles
 from campaigns.fuzz.workplace import Workplace
 
 LINKS = "links and special files at the names of commands"  # label of the counts
-RANDOM_PLACES = 40  # in a case
+RANDOM_PLACES = 20  # in a case
 _CONTENT = "another user's text\n"
 
 #: Puts something at a path, where there is nothing; the second argument is a folder of another user.

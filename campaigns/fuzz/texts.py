@@ -22,7 +22,7 @@ from campaigns.fuzz import corruptions, families
 from campaigns.fuzz.workplace import CODE, Workplace
 
 TEXTS = "data, logs and settings"  # label of the counts
-RANDOM_TEXTS = 80  # in a case
+RANDOM_TEXTS = 40  # in a case
 REPETITIONS = 12  # of a family on each file
 #: Of a bomb, unpacked: several times what a worker may take.
 BOMB_BYTES = 3 << 30

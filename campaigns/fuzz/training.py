@@ -32,7 +32,7 @@ ALLOWED_BYTES = 512 << 20
 #: Of the processor, to load a model and make a step.
 SECONDS = 10.0
 REPETITIONS = 2  # of a family on each kind of folder
-RANDOM_FOLDERS = 12  # in a case
+RANDOM_FOLDERS = 6  # in a case
 CONVERTED = "folders of other programs given to convert"  # label of the counts
 RESUMED = "of them resumed"  # label of the counts
 _EXAMPLES = [{"text": "salt melts at nine"}, {"text": "the ore"}]  # for one step

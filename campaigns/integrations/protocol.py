@@ -9,6 +9,7 @@ PROGRAM = "campaigns.integrations.program:main"  # for the fork server
 IMPORTS = (
     "peft", "trl.trainer.sft_trainer", "trl.trainer.dpo_trainer", "trl.trainer.reward_trainer",
     "transformers.models.llama.modeling_llama", "distrust.integrations.transformers.checkpoints",
+    "campaigns.integrations.warmed",
 )  # fmt: skip
 #: Who keeps the run: ours, ours without the generators, the Trainer's own checkpoints, or nobody.
 Keeper = Literal["distrust", "broken", "trainer", "nobody"]

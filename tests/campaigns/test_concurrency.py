@@ -22,10 +22,10 @@ def test_a_case_of_each(capsys, part):
 
 @pytest.mark.parametrize("path", ["direct", "buffered"])
 def test_readers_beside_a_writer(capsys, path):
-    arguments = ["--case", FIRST["readers"], "--readers", "3", "--saves", "40", "--path", path]
+    arguments = ["--case", FIRST["readers"], "--readers", "2", "--saves", "20", "--path", path]
     assert main(arguments) == 0, capsys.readouterr().out
     output = capsys.readouterr().out
-    assert f"40  saves beside 3 readers, {path}\n" in output
+    assert f"20  saves beside 2 readers, {path}\n" in output
     assert "readers: loads" in output
 
 

@@ -17,7 +17,7 @@ def few(monkeypatch):
 def test_killed_as_a_command_and_as_forks(toy_runs, tmp_path, capsys):
     toy_runs("main")
     figures = tmp_path / "figures.json"
-    assert kills.main(["--cases", "2", "--directory", str(tmp_path), "--json", str(figures)]) == 0
+    assert kills.main(["--cases", "3", "--directory", str(tmp_path), "--json", str(figures)]) == 0
     counts = json.loads(figures.read_text())["counts"]
     assert counts["kills of a command"] >= 1
     assert counts["kills of a fork"] >= 1
@@ -33,3 +33,12 @@ def test_a_run_that_resumes_without_its_optimizer_is_found(toy_runs, tmp_path, c
     output = capsys.readouterr().out
     assert "ended in another state than the undisturbed run" in output
     assert f"again: python -m campaigns.kills --seed 1 --case {case}" in output
+
+
+def test_a_run_that_keeps_few_steps_is_found(toy_runs, tmp_path, capsys, monkeypatch):
+    toy_runs("keeps_few_steps")
+    monkeypatch.setattr(kills, "KILLS", 4)
+    cases = ("2", "4", "8", "10")  # forks that keep their steps
+    arguments = ["--directory", str(tmp_path), "--case"]
+    assert any(kills.main([*arguments, case]) == 1 for case in cases)
+    assert "had ended; resumed from" in capsys.readouterr().out

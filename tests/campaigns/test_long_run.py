@@ -14,23 +14,23 @@ from campaigns.long_run.__main__ import main
 
 def test_some_hundred_saves_leak_nothing(tmp_path, capsys):
     picture = tmp_path / "run.png"
-    assert main(["--only", "saves", "--cases", "240", "--picture", str(picture)]) == 0, (
+    assert main(["--only", "saves", "--cases", "120", "--picture", str(picture)]) == 0, (
         capsys.readouterr().out
     )
     output = capsys.readouterr().out
-    assert "240  saves\n" in output
+    assert "120  saves\n" in output
     assert "saves: save, µs at the end" in output
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_training_leaks_nothing(capsys):
-    assert main(["--only", "training", "--steps", "120"]) == 0, capsys.readouterr().out
-    assert "120  steps trained\n" in capsys.readouterr().out
+    assert main(["--only", "training", "--steps", "40"]) == 0, capsys.readouterr().out
+    assert "40  steps trained\n" in capsys.readouterr().out
 
 
 def test_a_directory_that_keeps_many(capsys):
-    assert main(["--only", "many", "--many", "40"]) == 0, capsys.readouterr().out
-    assert "80  saves into a directory that keeps many\n" in capsys.readouterr().out
+    assert main(["--only", "many", "--many", "20"]) == 0, capsys.readouterr().out
+    assert "40  saves into a directory that keeps many\n" in capsys.readouterr().out
 
 
 FINDINGS = {

@@ -39,7 +39,7 @@ generators = st.integers().map(Random)
 
 
 def test_every_invariant_holds_on_the_disks_of_some_sequences(capsys):
-    assert power_loss.main(["--seed", "5", "--cases", "3"]) == 0
+    assert power_loss.main(["--seed", "5", "--cases", "2"]) == 0
     assert "every invariant held" in capsys.readouterr().out
 
 
@@ -49,7 +49,7 @@ def test_every_invariant_holds_where_several_ranks_write_each_checkpoint(capsys)
 
 
 def test_every_invariant_holds_where_calls_fail(capsys):
-    assert failing_calls.main(["--seed", "5", "--cases", "3"]) == 0
+    assert failing_calls.main(["--seed", "5", "--cases", "2"]) == 0
     assert "every invariant held" in capsys.readouterr().out
 
 

@@ -5,13 +5,15 @@ Each function is a command line of its own. The faults are those that a campaign
 
 from __future__ import annotations
 
+import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from distrust import cli, engines
+from distrust import Checkpoint, cli, engines
 from distrust.contract import EngineState
 from distrust.testing.toy_engine import ToyEngine
 from distrust.training.loop import TrainingLoop
+from distrust.training.saver import Saver
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -37,6 +39,17 @@ def stops_without_saving(arguments: Sequence[str]) -> int:
             loop.saver.wait()
 
     TrainingLoop._save_unsaved = save_only_the_final_state
+    return train(arguments, ToyEngine)
+
+
+def keeps_few_steps(arguments: Sequence[str]) -> int:
+    snapshot, numbers = Saver.snapshot, itertools.count()
+
+    def keep_every_fourth(saver: Saver, make: Callable[[], Checkpoint], *, budget: float) -> None:
+        if next(numbers) % 4 == 0:
+            snapshot(saver, make, budget=budget)
+
+    Saver.snapshot = keep_every_fourth
     return train(arguments, ToyEngine)
 
 
