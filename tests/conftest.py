@@ -17,6 +17,8 @@ from typing import Any
 import hypothesis
 import pytest
 
+from campaigns.remote import servers
+from campaigns.remote.servers import MissingServer, Store
 from campaigns.training_run import IMPORTS
 from distrust import DistrustTrainer, TrainConfig
 from distrust.testing.models import make_model, write_records
@@ -24,8 +26,8 @@ from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust.training.events import Event, Observer, RunEnded, StepEnded
 from tests.forked_python import fork_server
 
-# No example is timed: the machine may do other work. Half of the usual number: each run draws others.
-hypothesis.settings.register_profile("untimed", deadline=None, max_examples=50)
+# No example is timed: the machine may do other work. A third of the usual number: each run draws others.
+hypothesis.settings.register_profile("untimed", deadline=None, max_examples=33)
 hypothesis.settings.load_profile("untimed")
 
 # The processes that tests start compile the package once, not each.
@@ -62,12 +64,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-#: Programs whose processes are forks, each with what it imports before.
+#: Programs whose processes are forks, each with what it imports before, as far as that is installed.
 FORKED = {
-    "torch": [*IMPORTS, "distrust.engines.torch.elastic"],
-    "mlx": ["distrust.cli.train", "distrust.engines.mlx.engine", "distrust.reporting.console"],
+    # With mlx and lightning, and what their processes import on the way: seconds.
+    "torch": [
+        *(*IMPORTS, "distrust.engines.torch.elastic", "distrust.engines.mlx.engine"),
+        *("distrust.checkpoint.arrays.of_mlx", "mlx_lm.models.llama", "mlx_lm.tuner.trainer"),
+        *("transformers.models.llama.configuration_llama", "accelerate", "datasets", "lightning"),
+        *("torchdata.stateful_dataloader", "trl"),
+    ],
     "jax": ["jax.numpy", "ml_dtypes", "distrust.checkpoint.manager"],
-    "fuzz": ["campaigns.fuzz.__main__", "distrust.cli.convert", "distrust.cli.train"],
+    "fuzz": [
+        *("campaigns.fuzz.__main__", "distrust.cli.convert", "distrust.cli.train"),
+        *("distrust.training.run", "datasets"),
+    ],
 }
 
 
@@ -80,6 +90,14 @@ def pytest_configure(config: pytest.Config) -> None:
     for name, imports in FORKED.items():
         os.environ[f"FORKED_{name.upper()}"] = str(servers.enter_context(fork_server(imports)))
     config.add_cleanup(servers.close)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
+    """Make workers forks, too: each would spend 15 seconds on imports."""
+    if sys.platform == "linux":
+        for spec in specs:
+            spec.python = os.environ["FORKED_TORCH"]
 
 
 def refuse_missing_device(name: str) -> None:
@@ -106,20 +124,15 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _separate_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tests and the processes they start use a separate cache."""
+    """Tests and the processes they start use a separate cache, and keep no snapshots in shared memory."""
     os.environ["DISTRUST_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["DISTRUST_SHM"] = ""  # those of snapshots give a folder of their own
 
 
 @pytest.fixture(scope="session")
 def forked_python() -> Path:
     """The path of a program like ``python`` whose processes have the imports of a training done."""
     return Path(os.environ["FORKED_TORCH"])
-
-
-@pytest.fixture(scope="session")
-def forked_mlx() -> Path:
-    """The same for a training with mlx."""
-    return Path(os.environ["FORKED_MLX"])
 
 
 @pytest.fixture(scope="session")
@@ -236,6 +249,30 @@ def tiny_config(data: Path) -> Callable[..., TrainConfig]:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("tiny-model"))
+
+
+@pytest.fixture(scope="session")
+def share_server(
+    tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> Iterator[Callable[[str], Store]]:
+    """Starts a server, unless another worker has done so; skips if its program is not installed."""
+    base = tmp_path_factory.getbasetemp()
+    folder = Path(base if worker_id == "master" else base.parent)
+    with contextlib.ExitStack() as stack:
+        stores: dict[str, Store | str] = {}
+
+        def share(name: str) -> Store:
+            if name not in stores:
+                try:
+                    stores[name] = stack.enter_context(servers.share(name, folder))
+                except MissingServer as error:
+                    stores[name] = str(error)
+            store = stores[name]
+            if isinstance(store, str):
+                pytest.skip(store)
+            return store
+
+        yield share
 
 
 class Stopper:

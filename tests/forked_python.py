@@ -1,10 +1,11 @@
 """A Python with its imports done: each of its processes is a fork of a server, and ready in milliseconds.
 
 Importing torch, transformers and peft takes a process six seconds; most tests are not about that. The
-program that :func:`fork_server` makes takes ``-m MODULE …`` or ``-c CODE …`` as ``python`` does, and ends, is
-signalled and is killed like it, in its folder, with its environment, input and output. A test of what is
-loaded, or of the variables that Python reads when it starts, needs ``sys.executable`` instead. A server that
-nobody uses costs next to nothing: the first program makes it import.
+program that :func:`fork_server` makes takes ``-m MODULE …`` or ``-c CODE …`` as ``python`` does, also after
+``-u``. It ends, is signalled and is killed like it, in its folder, with its environment, input and output.
+The workers of xdist are such programs, too. A test of what is loaded, or of the variables that Python reads
+when it starts, needs ``sys.executable`` instead. A server that nobody uses costs next to nothing: the first
+program makes it import.
 """
 
 from __future__ import annotations
@@ -41,9 +42,15 @@ order = {{"arguments": sys.argv[1:], "folder": os.getcwd(), "environment": dict(
 order = json.dumps(order).encode()
 socket.send_fds(server, [len(order).to_bytes(4, "big")], [0, 1, 2])
 server.sendall(order)
+def pass_on(number, _):
+    try:
+        server.sendall(bytes([number]))
+    except BrokenPipeError:
+        pass  # the fork has ended: its exit code is there to be read
+
 for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     if signal.getsignal(number) is not signal.SIG_IGN:
-        signal.signal(number, lambda number, _: server.sendall(bytes([number])))
+        signal.signal(number, pass_on)
 code = int(server.recv(16))
 if code < 0:
     signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
@@ -63,15 +70,16 @@ def fork_server(imports: Sequence[str]) -> Iterator[Path]:
         program.write_text(PROGRAM.format(python=sys.executable, path=str(address)), "utf-8")
         program.chmod(0o755)
         command = [sys.executable, __file__, str(address), *imports]
-        # No threads of OpenBLAS: a fork would lose them.
+        # No threads of OpenBLAS and of pyarrow's allocator: a fork would lose them.
         environment = {
             **os.environ,
             "OPENBLAS_NUM_THREADS": "1",
+            "JE_ARROW_MALLOC_CONF": "background_thread:false",
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
-        server = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # A session of its own: of Ctrl-C only the programs are told, and they pass it on.
+        server = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
         try:
             assert server.stdout is not None
             assert server.stdout.readline() == "ready\n", "the fork server has ended"
@@ -123,7 +131,8 @@ def serve(address: str, imports: Sequence[str]) -> Callable[[], object] | None:
 
 def _import(names: Sequence[str]) -> None:
     for name in names:
-        importlib.import_module(name)
+        with contextlib.suppress(ImportError):  # whoever needs it fails by that, or is skipped
+            importlib.import_module(name)
     tasks = "/proc/self/task"
     if os.path.isdir(tasks) and len(os.listdir(tasks)) > 1:
         sys.exit(f"importing {', '.join(names)} started threads, which a fork would not have")
@@ -163,7 +172,8 @@ def _prepare(order: Any, files: Sequence[int]) -> Callable[[], object]:
     os.environ.clear()
     os.environ.update(order["environment"])
     sys.path[:0] = ["", *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    kind, text, *arguments = order["arguments"]
+    arguments = order["arguments"]
+    kind, text, *arguments = arguments[1:] if arguments[0] == "-u" else arguments
     sys.argv = [kind, *arguments]
     main = sys.modules["__main__"] = ModuleType("__main__")
     if kind == "-m":

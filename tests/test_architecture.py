@@ -31,9 +31,11 @@ LAYERS = [
     {"paths", "ranks"},
     {"provenance", "atomic"},
     {"options"},
+    {"option_values"},
     {"config"},
     {"config_text"},
     {"run_record"},
+    {"remote_copies"},
     {"data"},
     {"contract"},
     {"training", "engines"},
@@ -56,6 +58,8 @@ STRING_IMPORTS = {
 }
 IMPORT_FUNCTIONS = {"import_module", "__import__", "run_module"}
 FRAMEWORKS = {"torch", "mlx", "mlx_lm", "jax", "peft", "tensorflow"}
+#: They import a framework.
+TRAINERS = {"accelerate", "lightning", "pytorch_lightning", "transformers", "trl"}
 
 
 def modules_of(root: Path) -> dict[str, Path]:
@@ -185,7 +189,7 @@ def imports_a_framework(module: str, modules: dict[str, Path]) -> bool:
         name = pending.pop()
         visited.add(name)
         for imported in imports(modules[name], modules, at_import_only=True):
-            if imported.split(".")[0] in FRAMEWORKS:
+            if imported.split(".")[0] in FRAMEWORKS | TRAINERS:
                 return True
             if imported in modules and imported not in visited:
                 pending.append(imported)

@@ -466,7 +466,7 @@ def test_what_was_reported_durable_survives_sigkill_at_any_moment(tmp_path, star
     randomness = random.Random(20)
     manager = CheckpointManager(tmp_path)
     reported: list[int] = []
-    for _ in range(8):
+    for _ in range(4):
         writer = start_python(write_path + SAVE_FOREVER, tmp_path)
         first = writer.stdout.readline()
         time.sleep(randomness.uniform(0, 0.05))
@@ -595,7 +595,7 @@ def test_readers_always_find_an_intact_checkpoint_while_a_writer_saves(tmp_path,
     assert writer.stdout.readline()
     reader = CheckpointManager(tmp_path)
     loaded_steps = []
-    for _ in range(300):
+    for _ in range(100):
         loaded = reader.load_latest()
         assert (loaded.model["w"] == loaded.step).all()
         assert reader.scan().damaged == ()

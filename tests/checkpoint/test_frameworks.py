@@ -5,7 +5,6 @@ Each check runs in a process of its own: a process that imported jax gets a warn
 
 from __future__ import annotations
 
-import sys
 from importlib.util import find_spec
 
 import pytest
@@ -69,7 +68,7 @@ def random_array(name):
 
 
 @pytest.fixture
-def check(run_python, forked_jax, tmp_path):
+def check(run_python, forked_jax, forked_python, tmp_path):
     """Run a program for a framework and return its output; its warnings are errors."""
 
     def run(framework: str, code: str) -> str:
@@ -78,7 +77,7 @@ def check(run_python, forked_jax, tmp_path):
             framework,
             tmp_path,
             JAX_PLATFORMS="cpu",
-            python=forked_jax if framework == "jax" else sys.executable,
+            python=forked_jax if framework == "jax" else forked_python,
             XLA_FLAGS="--xla_force_host_platform_device_count=2",
         )
         assert process.returncode == 0, process.stderr

@@ -400,7 +400,7 @@ def load():
 
 loaded = load()
 initial = resident()
-for _ in range(10):
+for _ in range(4):
     del loaded
     loaded = load()
 print(resident() - initial)

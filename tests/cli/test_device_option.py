@@ -24,18 +24,16 @@ def moved_run(folder, tmp_path_factory):
     return out
 
 
-COMMANDS = {
-    "eval": ["--data", "bundled", "--compare"],
-    "generate": ["--prompt", "ore", "--max-new-tokens", 2, "--compare"],
-}
-
-
-@pytest.mark.parametrize("verb", COMMANDS)
-def test_a_run_is_read_on_the_devices_of_this_machine(distrust, moved_run, verb):
+@pytest.mark.parametrize("verb", ["eval", "generate"])
+def test_a_run_is_read_on_the_devices_of_this_machine(distrust, folder, moved_run, verb):
+    arguments = {
+        "eval": ["--data", folder / "data.jsonl", "--compare"],
+        "generate": ["--prompt", "ore", "--max-new-tokens", 2, "--compare"],
+    }[verb]
     for option in ((), ("--device", "cpu")):
-        output = distrust(verb, moved_run, *COMMANDS[verb], *option)
+        output = distrust(verb, moved_run, *arguments, *option)
         assert output.code == 0, output.err
-    output = distrust(verb, moved_run, *COMMANDS[verb], "--device", ABSENT)
+    output = distrust(verb, moved_run, *arguments, "--device", ABSENT)
     assert output.code == 2
     assert output.err.splitlines()[-1].startswith(REFUSED)
     assert "Traceback" not in output.err

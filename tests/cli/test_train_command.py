@@ -16,7 +16,7 @@ from distrust import CheckpointManager
 from distrust.testing.models import make_model, train_arguments, write_records
 
 #: Long enough to be killed in the middle.
-LONG = ["--max-steps", 45, "--save-every", 3, "--lora-dropout", 0.1, "--gradient-accumulation", 2]
+LONG = ["--max-steps", 36, "--save-every", 3, "--lora-dropout", 0.1, "--gradient-accumulation", 2]
 
 
 def digest_of(run):
@@ -46,21 +46,20 @@ def wait_for_step(run, step, process):
     ],
 )
 def test_a_run_that_is_killed_stopped_and_resumed_ends_like_an_undisturbed_one(
-    distrust, start, forked_python, forked_mlx, folder, tmp_path, engine
+    distrust, start, forked_python, folder, tmp_path, engine
 ):
     options = ["--engine", engine, "--device", "cpu", *LONG]
     assert distrust(*train_arguments(folder, tmp_path / "alone", *options)).code == 0
     command = train_arguments(folder, tmp_path / "killed", *options)
 
-    python = forked_python if engine == "torch" else forked_mlx
-    process = start(*command, python=python)
+    process = start(*command, python=forked_python)
     reached = wait_for_step(tmp_path / "killed", 6, process)
     time.sleep(random.uniform(0, 0.1))
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL
     assert not list((tmp_path / "killed").rglob("*-final*"))
 
-    process = start("train", "--resume", str(tmp_path / "killed"), python=python)
+    process = start("train", "--resume", str(tmp_path / "killed"), python=forked_python)
     wait_for_step(tmp_path / "killed", reached + 12, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
@@ -76,12 +75,12 @@ def test_a_run_that_is_killed_stopped_and_resumed_ends_like_an_undisturbed_one(
     assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "alone")
     logged, expected = (TrainingRun(tmp_path / run, []).metrics() for run in ("killed", "alone"))
     assert logged == expected
-    assert [line["step"] for line in logged] == list(range(1, 46))
+    assert [line["step"] for line in logged] == list(range(1, 37))
     assert f"state digest {digest_of(tmp_path / 'alone')}" in ended.out
 
     again = distrust(*command)
     assert (again.code, again.err) == (0, "")
-    assert "Nothing to do: the run finished at step 45\n" in again.out
+    assert "Nothing to do: the run finished at step 36\n" in again.out
     assert digest_of(tmp_path / "alone") in again.out
 
 

@@ -59,7 +59,7 @@ sys.exit(main(["train", "--data", data, "--out", out, *options]))
 
 
 @pytest.fixture
-def start(tmp_path, start_python):
+def start(tmp_path, start_python, forked_python):
     """Starts a run of the toy, whose model or steps are of some kind."""
     data = tmp_path / "data.jsonl"
 
@@ -74,7 +74,7 @@ def start(tmp_path, start_python):
             {"messages": turns(word)} if is_chat else {"text": "a b a"} for word in ("a", "slow", "b")
         ]
         data.write_text("".join(f"{json.dumps({**provenance, **content})}\n" for content in contents))
-        return start_python(COMMAND, kind, data, tmp_path / "run")
+        return start_python(COMMAND, kind, data, tmp_path / "run", python=forked_python)
 
     return start
 

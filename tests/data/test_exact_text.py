@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -23,11 +23,14 @@ INSTRUCTIONS = (
 )
 
 
+MARKS = ("<s>", "</s>")
+
+
 def finish(core, *, adds_bos=True, adds_eos=False):
     """A tokenizer of transformers that begins texts with ``<s>``, and perhaps ends them with ``</s>``."""
-    core.add_special_tokens([AddedToken(mark, normalized=False) for mark in ("<s>", "</s>")])
+    core.add_special_tokens([AddedToken(mark, normalized=False) for mark in MARKS])
     single = f"{'<s> ' * adds_bos}$A{' </s>' * adds_eos}"
-    special = [(mark, core.token_to_id(mark)) for mark in ("<s>", "</s>")]
+    special = [(mark, core.token_to_id(mark)) for mark in MARKS]
     core.post_processor = processors.TemplateProcessing(single=single, special_tokens=special)
     fast = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
     fast.chat_template = INSTRUCTIONS
@@ -107,7 +110,12 @@ def test_no_space_is_put_between_the_turns_of_a_conversation():
     assert [tokenizer.decode([ids[i] for i in piece]) for piece in pieces] == ["fine</s>", "a metal</s>"]
 
 
-texts = st.text(min_size=1).filter(lambda text: "▁" not in text)
+def has_no_mark(text: str) -> bool:
+    """What a record may have itself, and is not added again; hypothesis draws such strings from this file."""
+    return not any(mark in text for mark in MARKS)
+
+
+texts = st.text(min_size=1).filter(lambda text: "▁" not in text and has_no_mark(text))
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
@@ -118,6 +126,7 @@ texts = st.text(min_size=1).filter(lambda text: "▁" not in text)
 def test_the_tokens_of_a_completion_are_those_of_its_text(name, prompt, completion):
     tokenizer = TOKENIZERS[name]
     text = prompt + completion
+    assume(has_no_mark(text))
     ids, learned = tokens(Completion(prompt, completion), tokenizer)
     prefix = [tokenizer.bos_token_id] if "without" not in name else []
     assert ids == [*prefix, *tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
@@ -144,11 +153,12 @@ def test_a_text_begins_and_ends_once(name, text, has_bos, has_eos):
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-def test_a_completion_begins_and_ends_once(name):
+@pytest.mark.parametrize("completion", [" fine</s>", "</s>"])
+def test_a_completion_begins_and_ends_once(name, completion):
     tokenizer = TOKENIZERS[name]
-    ids, learned = tokens(Completion("<s>[INST] Hello [/INST]", " fine</s>"), tokenizer)
-    assert tokenizer.decode(ids).replace("<s> ", "<s>") == "<s>[INST] Hello [/INST] fine</s>"
-    assert tokenizer.decode(ids[learned[0] :]).lstrip() == "fine</s>"
+    ids, learned = tokens(Completion("<s>[INST] Hello [/INST]", completion), tokenizer)
+    assert tokenizer.decode(ids).replace("<s> ", "<s>") == f"<s>[INST] Hello [/INST]{completion}"
+    assert tokenizer.decode(ids[learned[0] :]).lstrip() == completion.lstrip()
 
 
 def test_what_mlx_lm_trains_of_a_prompt_and_a_completion():

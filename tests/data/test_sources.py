@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.config import MAX_RECORD_BYTES, TrainConfig
+from distrust.config import TrainConfig
 from distrust.data import (
     Columns,
     RecordReader,
@@ -32,6 +32,7 @@ from distrust.data.formats import format_of
 from distrust.data.records import Completion, Conversation, Message, Text
 from distrust.engines.loading import locate, locate_to_load
 from distrust.errors import ConfigError, DataError, DistrustWarning, ModelError
+from distrust.option_values import MAX_RECORD_BYTES
 
 ROWS = [
     {"text": "ore melts", "authority_weight": 0.2, "provenance_entropy": 3.5},

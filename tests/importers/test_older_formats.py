@@ -682,8 +682,8 @@ def test_hostile_metadata(tmp_path, text, reason):
 @pytest.mark.parametrize(
     ("piece", "times"),
     [
-        ("[],", 3), ("[" * 80 + "]" * 80 + ",", 2), ('{"":' * 80 + "1" + "}" * 80 + ",", 4),
-        ('"\u0100",', 3), ("1.5,", 2), ("999,", 2),
+        ("[" * 80 + "]" * 80 + ",", 2), ('{"":' * 80 + "1" + "}" * 80 + ",", 4), ('"\u0100",', 3),
+        ("999,", 2),
     ],
 )  # fmt: skip
 def test_json_for_which_memory_does_not_suffice_is_not_parsed(monkeypatch, piece, times):

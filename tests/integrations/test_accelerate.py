@@ -38,7 +38,7 @@ def test_killed_runs_end_as_undisturbed_ones(start_runs, tmp_path):
         for folder in (undisturbed, killed):
             folder.mkdir(parents=True)
         assert run_job(folder=undisturbed, **options) == 0
-        for _ in range(3):
+        for _ in range(2):
             assert run_job(folder=killed, batches=chance.randrange(3, 15), **options) in (0, -9)
         assert run_job(folder=killed, **options) == 0
         first, second = (json.loads((folder / "result.json").read_text()) for folder in (undisturbed, killed))

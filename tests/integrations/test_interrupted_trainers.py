@@ -208,19 +208,18 @@ def test_an_interrupted_run_ends_as_an_undisturbed_plain_one(run, events, option
     assert_ends_equal(run("saved", **options), expected)  # started again at its end
 
 
-JIT_EVENTS = [
-    "on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log",
-    "on_evaluate", "on_epoch_end", "on_epoch_begin",
+IN_A_STEP = [
+    "on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end",
 ]  # fmt: skip
+AT_AN_EPOCH = ["on_log", "on_evaluate", "on_epoch_end", "on_epoch_begin"]
 
 
 @pytest.mark.parametrize(
     ("event", "by", "accumulation"),
     [
-        (event, by, accumulation)
-        for event in JIT_EVENTS
-        for by, accumulation in (("steps", 2), ("epoch", 2), ("epoch", 1))
-        if accumulation > 1 or event != "on_substep_end"
+        *((event, "steps", 2) for event in [*IN_A_STEP, *AT_AN_EPOCH]),
+        *((event, "epoch", 1) for event in AT_AN_EPOCH),
+        *((event, "epoch", 2) for event in ("on_step_end", "on_log", "on_epoch_begin")),
     ],
 )
 def test_a_jit_checkpoint_may_be_asked_for_at_any_event(run, tmp_path, event, by, accumulation):

@@ -208,8 +208,7 @@ class Recorder(TorchEngine):
         return super().micro_step(batch, tokens=tokens)
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("kind", [Trainer, SFTTrainer])
+@pytest.mark.parametrize(("kind", "accumulation"), [(Trainer, 1), (SFTTrainer, 3)])
 def test_a_weighted_trainer_is_our_trainer(folder, tmp_path, accumulation, kind):
     count = 12  # whole steps: our trainer's last step of an epoch goes on in the next one
     texts = ["ore and salt " * (1 + i % 4) + str(i) for i in range(count)]

@@ -162,9 +162,12 @@ def test_the_end_of_the_ranks_is_the_end_of_the_run(launch, program, code):
     assert (launched.folder / "start-0-1").read_text() == command
 
 
-def test_wrong_usage_is_not_tried_again(launch):
-    launched = launch("(meet(), sys.exit(2)) if rank else wait()", "--nproc", "2", "--max-restarts", "3")
-    assert launched.end() == (2, "")
+@pytest.mark.parametrize("code", [2, 143], ids=["wrong usage", "preempted"])
+def test_some_ends_are_not_tried_again(launch, code):
+    launched = launch(
+        f"(meet(), sys.exit({code})) if rank else wait()", "--nproc", "2", "--max-restarts", "3"
+    )
+    assert launched.end() == (code, "")
     assert launched.names("start-*") == ["start-0-0", "start-0-1"]
     assert launched.names("saved-*") == ["saved-0"]
 

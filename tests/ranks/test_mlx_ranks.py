@@ -64,7 +64,7 @@ def free_addresses(count: int) -> list[tuple[str, int]]:
 
 
 @pytest.fixture
-def start(forked_mlx, tmp_path) -> Iterator[Start]:
+def start(forked_python, tmp_path) -> Iterator[Start]:
     """Starts so many ranks with the variables of mlx.launch; kills those that are left after the test."""
     with ExitStack() as stack:
 
@@ -76,7 +76,7 @@ def start(forked_mlx, tmp_path) -> Iterator[Start]:
             for rank in range(count):
                 environment = {**os.environ, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(file)}
                 process = subprocess.Popen(
-                    [forked_mlx, *map(str, arguments)],
+                    [forked_python, *map(str, arguments)],
                     env=environment,
                     stdout=subprocess.PIPE,
                     stderr=subprocess.PIPE,

@@ -48,8 +48,8 @@ def train(world, tiny_model, tiny_config, eval_data, tmp_path_factory):
                 "data": data if "mix" in options else data[0],
                 "eval_data": str(eval_data),
                 "model": str(tiny_model),
-                "gradient_accumulation": 4,
-                "max_steps": 3,
+                "gradient_accumulation": 3,
+                "max_steps": 2,
                 **options,
             }
             for options in CASES.values()
@@ -64,6 +64,6 @@ def train(world, tiny_model, tiny_config, eval_data, tmp_path_factory):
 
 
 def test_the_digest_does_not_depend_on_the_number_of_ranks(train):
-    digests = {count: train(count) for count in (1, 2, 3, 4)}
+    digests = {count: train(count) for count in (1, 2, 3)}  # an uneven share, and one micro-batch each
     assert len(set(digests[1].values())) == len(CASES)
     assert digests == dict.fromkeys(digests, digests[1])

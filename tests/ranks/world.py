@@ -7,6 +7,7 @@ hosts it. A rank that has raised or ended is forked again, from a process with t
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -222,6 +223,7 @@ def run_order(order: dict[str, Any]) -> dict[str, Any]:
     try:
         value = find(order["scenario"])(**order["arguments"])
         if dist.is_initialized():
+            _wait_for_all(dist)  # a rank that closes its connections may take away what others still read
             dist.destroy_process_group()
     except Exception as error:
         import traceback
@@ -234,6 +236,15 @@ def run_order(order: dict[str, Any]) -> dict[str, Any]:
         os.environ.clear()
         os.environ.update(environment)
     return {"value": value}
+
+
+def _wait_for_all(dist: Any) -> None:
+    """Wait until every rank is here, for at most five seconds: some may have died."""
+    store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + 5
+    with contextlib.suppress(RuntimeError):  # the rank that keeps the store has left
+        store.add("ended", 1)
+        while store.add("ended", 0) < dist.get_world_size() and time.monotonic() < end:
+            time.sleep(0.005)
 
 
 def find(scenario: str) -> Any:

@@ -59,11 +59,7 @@ def invalid_text(path: Path) -> None:
     path.write_bytes(b"\xff\xfe: 1\n")
 
 
-def link_to_zeros(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-@pytest.mark.parametrize("make", [invalid_text, os.mkfifo, link_to_zeros])
+@pytest.mark.parametrize("make", [invalid_text, os.mkfifo])  # whoever opens a pipe waits for ever
 def test_settings_in_the_current_folder_are_not_even_opened_by_any_thread(run_python, tmp_path, make):
     make(tmp_path / "matplotlibrc")
     code = """

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from distrust import DistrustWarning, TrainConfig
 from distrust.checkpoint import snapshot
-from distrust.config import STEP_METRICS
 from distrust.contract import DeviceMemory
+from distrust.option_values import STEP_METRICS
 from distrust.reporting import metrics
 from distrust.reporting.dashboards import scalars_of
 from distrust.reporting.metrics import METRICS, PROVENANCE, MetricsWriter, repair_lines
@@ -59,7 +59,7 @@ def test_a_line_for_each_step_and_each_evaluation(train_logged, tmp_path):
         if isinstance(event, Evaluated):
             assert line == {"step": event.step, **event.metrics}
         else:
-            names = ("step", *STEP_METRICS, "tokens", "seconds", "stall_seconds")
+            names = ("step", *STEP_METRICS, "tokens", "seconds", "stall_seconds", "at_risk_seconds")
             memory = {"host_bytes": event.memory.host, "host_peak_bytes": event.memory.host_peak}
             assert line == {name: getattr(event, name) for name in names} | memory  # none of a device
             assert 0 < line["host_bytes"] <= line["host_peak_bytes"]

@@ -11,8 +11,8 @@ import pytest
 
 from distrust import CheckpointManager, ConfigError, TrainConfig
 from distrust.cli import main
-from distrust.config import STEP_METRICS
 from distrust.export import export
+from distrust.option_values import STEP_METRICS
 from distrust.reporting import figures, report
 from distrust.reporting.console import ConsoleReporter
 from distrust.reporting.dashboards import TensorBoardWriter

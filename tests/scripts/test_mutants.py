@@ -55,8 +55,8 @@ def test_every_row_of_the_table_applies():
 
 
 def test_planted_faults_are_noticed():
-    """Two of the quick ones, each time others; `make mutants` plants all."""
-    arguments = ["--quick", "--sample", "2", "--seed", str(random.randrange(10**6))]
+    """One of the quick ones, each time another; `make mutants` plants all."""
+    arguments = ["--quick", "--sample", "1", "--seed", str(random.randrange(10**6))]
     assert mutants.main(arguments) == 0, f"to repeat: python scripts/mutants.py {' '.join(arguments)}"
 
 

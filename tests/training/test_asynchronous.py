@@ -258,9 +258,10 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_stop_an_awaited_run(start_python, data, tmp_path, number):
+def test_signals_stop_an_awaited_run(start_python, forked_python, data, tmp_path, number):
     folder = os.path.dirname(__file__)
-    process = start_python(ASYNC_RUN, tmp_path, data, folder, os.path.dirname(folder))
+    folders = (folder, os.path.dirname(folder))
+    process = start_python(ASYNC_RUN, tmp_path, data, *folders, python=forked_python)
     assert process.stdout.readline() == "step 1\n"
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
@@ -270,9 +271,10 @@ def test_signals_stop_an_awaited_run(start_python, data, tmp_path, number):
     assert CheckpointManager(tmp_path / "checkpoints").list_checkpoints() == [steps + 1]
 
 
-def test_second_ctrl_c_on_an_awaited_run_still_saves(start_python, data, tmp_path):
+def test_second_ctrl_c_on_an_awaited_run_still_saves(start_python, forked_python, data, tmp_path):
     folder = os.path.dirname(__file__)
-    process = start_python(ASYNC_RUN, tmp_path, data, folder, os.path.dirname(folder))
+    folders = (folder, os.path.dirname(folder))
+    process = start_python(ASYNC_RUN, tmp_path, data, *folders, python=forked_python)
     assert process.stdout.readline() == "step 1\n"
     process.send_signal(signal.SIGINT)
     process.send_signal(signal.SIGINT)

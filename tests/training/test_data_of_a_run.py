@@ -14,9 +14,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distrust import CheckpointManager, DistrustTrainer, TrainConfig
-from distrust.config import EXAMPLES
 from distrust.data import Cache, Columns, Limits, RecordReader, check_records, open_source
 from distrust.errors import ConfigError, DataError, DistrustWarning, ResumeRefused
+from distrust.option_values import EXAMPLES
 from distrust.testing.models import write_records
 from distrust.testing.toy_engine import VOCABULARY, ToyEngine
 from distrust.training.data_sources import CheckedData, read_sources

@@ -244,13 +244,13 @@ print(DistrustTrainer(config, engine=make, observers=()).train().state_digest)
 """
 
 
-def test_kill_during_a_reset_loses_nothing(run, run_python, data, tmp_path):
+def test_kill_during_a_reset_loses_nothing(run, run_python, forked_python, data, tmp_path):
     alone, _ = run(tmp_path / "alone")
     folder = Path(__file__).parent
-    process = run_python(KILLED, folder, data, tmp_path / "reset", "kill")
+    process = run_python(KILLED, folder, data, tmp_path / "reset", "kill", python=forked_python)
     assert process.returncode == -signal.SIGKILL
     assert CheckpointManager(tmp_path / "reset" / "checkpoints").list_checkpoints() == [4]
-    process = run_python(KILLED, folder, data, tmp_path / "reset", "live")
+    process = run_python(KILLED, folder, data, tmp_path / "reset", "live", python=forked_python)
     assert process.stdout.strip() == alone.state_digest, process.stderr
 
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distrust import ConfigError, DistrustTrainer, ModelError, ResumeRefused, TrainConfig
 from distrust.cli import main
-from distrust.config import MODEL_OBJECT
 from distrust.engines import open_checkpoint
 from distrust.engines.torch.adapter import add_adapter
+from distrust.option_values import MODEL_OBJECT
 from distrust.run_record import RunRecord
 from distrust.testing.models import make_model
 from distrust.testing.toy_engine import ToyEngine

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distrust.config import STEP_METRICS
+from distrust.option_values import STEP_METRICS
 from distrust.training.progress import Progress
 
 rows = st.lists(st.tuples(*[st.floats(width=64)] * len(STEP_METRICS)), max_size=6)
