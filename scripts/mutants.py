@@ -43,7 +43,10 @@ COPIED = (
     "pyproject.toml", "README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile",
 )  # fmt: skip
 #: Tests that load a framework, or start many processes.
-_SLOW_FOLDERS = tuple(f"tests/{name}/" for name in ("campaigns", "cli", "engines", "export", "importers"))
+_SLOW_FOLDERS = tuple(
+    f"tests/{name}/"
+    for name in ("campaigns", "cli", "engines", "export", "importers", "integrations", "ranks")
+)
 #: A plugin: hypothesis ends at the first example that fails, without a search for a simpler one.
 _FIRST_FAILURE = """
 from hypothesis import Phase, settings
