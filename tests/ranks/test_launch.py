@@ -77,7 +77,7 @@ class Launched:
 
     def end(self) -> tuple[int, str]:
         """Exit code, and what it printed."""
-        output, _ = self.process.communicate(timeout=90)
+        output, _ = self.process.communicate(timeout=240)
         return self.process.returncode, output
 
     def names(self, pattern: str) -> list[str]:
