@@ -53,6 +53,8 @@ sys.executable = sys.argv[1]
 # For torch's log, which nobody reads: with as many modules as a fork has, it takes seconds.
 from torch.distributed.elastic.rendezvous import dynamic_rendezvous
 dynamic_rendezvous.get_method_name = lambda **_: ""
+import inspect
+inspect.getmodule = lambda *_, **__: None
 {setup}
 from distrust.cli import main
 sys.exit(main(sys.argv[2:]))
