@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from distrust.activity import current
-from distrust.checkpoint import CheckpointFile, CheckpointManager
+from distrust.checkpoint import Checkpoint, CheckpointFile, CheckpointManager
 from distrust.checkpoint.remote.location import is_url
 from distrust.config import TrainConfig
 from distrust.config_text import from_mapping, to_words, write_options
@@ -178,15 +178,7 @@ class Run:
         # Before the restore, which drops evaluations of other data.
         progress.evaluations = replace(progress.evaluations, measured_on=data.measured_on)
         if checkpoint is not None:
-            imported.require_steps_left(record, step=checkpoint.step, max_steps=data.max_steps, where=out)
-            differences = self._differences
-            resume.restore(
-                checkpoint, record, engine=engine, data=data, progress=progress, differences=differences
-            )
-            imported.warn_imported(checkpoint, record, where=out)
-            kind = file and file.path.parent == self.manager.directory and file.kind  # not of a new branch
-            if kind := of_leader(self.ranks, lambda: kind):
-                self._saver.last_durable = checkpoint.step, kind == "final"
+            self._restore(checkpoint, record, file, data)
             del checkpoint  # it may be on the device, whose memory the loop measures
         elif self._start is not None:
             self._start.load(engine, config)
@@ -212,6 +204,25 @@ class Run:
             ranks=self.ranks,
             mirror=self.mirror,
         )
+
+    def _restore(
+        self, checkpoint: Checkpoint, record: RunRecord, file: CheckpointFile | None, data: PreparedData
+    ) -> None:
+        """Go on from a checkpoint, if it is one of this run."""
+        out = data.config.run_directory
+        imported.require_steps_left(record, step=checkpoint.step, max_steps=data.max_steps, where=out)
+        resume.restore(
+            checkpoint,
+            record,
+            engine=self.engines.current,
+            data=data,
+            progress=self._progress,
+            differences=self._differences,
+        )
+        imported.warn_imported(checkpoint, record, where=out)
+        kind = file and file.path.parent == self.manager.directory and file.kind  # not of a new branch
+        if kind := of_leader(self.ranks, lambda: kind):
+            self._saver.last_durable = checkpoint.step, kind == "final"
 
     def _build_engine(self, config: TrainConfig) -> Engine:
         engine = self.engines.build(config)
