@@ -15,6 +15,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from distrust.checkpoint.checkpoint_file import Rank
 from distrust.checkpoint.format import MAX_SIZE, Kind
 from distrust.checkpoint.remote.client import ObjectInfo
 
@@ -37,6 +38,11 @@ class RemoteFile(NamedTuple):
     kind: Kind
     term: int  #: of its writer; 0 for a plain name
     digest: str  #: the beginning of the state's digest; empty for a plain name
+
+    @property
+    def rank(self) -> Rank:
+        """As ``CheckpointFile.rank``, by the name."""
+        return self.step, True, True, self.kind == "final"
 
 
 class Term(NamedTuple):
@@ -106,4 +112,4 @@ def line(files: Iterable[RemoteFile], bases: Mapping[int, int]) -> list[RemoteFi
         for file in files
         if not file.term or all(file.step <= base for term, base in bases.items() if term > file.term)
     ]
-    return sorted(counting, key=lambda file: (file.step, file.kind == "final", file.term))
+    return sorted(counting, key=lambda file: (file.rank, file.term))

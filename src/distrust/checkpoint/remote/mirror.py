@@ -21,6 +21,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -170,7 +171,7 @@ class MirrorWriter:
         if not files:
             return None
         for file in reversed(self._state.scan().files):
-            if _rank(file) < _rank(files[-1]):
+            if file.rank < files[-1].rank:
                 break
             with contextlib.suppress(CorruptCheckpoint):
                 catalog.verify(file.path)
@@ -316,7 +317,7 @@ class MirrorWriter:
             self._client.put(name, upload.content)
             terms.confirm()  # else it does not count
             copy = CheckpointFile(Path(name), file.header)
-            self._copies = tuple(sorted([*self._copies, copy], key=_rank))
+            self._copies = tuple(sorted([*self._copies, copy], key=attrgetter("rank")))
         if "uploads" in self._warned:
             self._warn(f"{self._location}: reachable again; step {file.step} is there")
             self._warned.discard("uploads")
@@ -349,7 +350,7 @@ class MirrorWriter:
         terms.clean_up()
 
     def _newest(self) -> _Upload | None:
-        return max(self._pending.values(), key=lambda each: _rank(each.file), default=None)
+        return max(self._pending.values(), key=lambda each: each.file.rank, default=None)
 
     def _drop(self, uploads: Iterable[_Upload]) -> None:
         for upload in uploads:
@@ -376,7 +377,3 @@ class MirrorWriter:
             warnings.warn(DistrustWarning(text), stacklevel=2)
         except DistrustWarning as warning:  # no error may end the thread
             self._warning = warning
-
-
-def _rank(file: CheckpointFile | RemoteFile) -> tuple[int, bool]:
-    return file.step, file.kind == "final"
