@@ -26,6 +26,7 @@ from distrust.checkpoint.remote.terms import BEAT_SECONDS
 from distrust.errors import (
     CheckpointDirectoryLocked,
     ConfigError,
+    DamagedCheckpointWarning,
     DistrustWarning,
     RemoteError,
     SaveFailed,
@@ -152,6 +153,18 @@ def test_a_damaged_copy_here_is_replaced_and_not_uploaded(store, tmp_path):
     with pytest.warns(DistrustWarning, match=r"not mirrored: .*checkpoint-6-final.*tensor"):
         begin_and_close()
     assert 6 not in steps_that_count(store)
+
+
+def test_what_does_not_verify_here_makes_no_older_one_needless(store, tmp_path):
+    with CheckpointManager(tmp_path) as manager:
+        manager.save(checkpoint(5))
+        path = manager.save(checkpoint(6))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with CheckpointManager(tmp_path, mirror=mirror(store)) as manager:
+        with pytest.warns(DamagedCheckpointWarning):
+            assert manager.load_latest().step == 5
+        manager.begin()
+    assert steps_that_count(store) == [5]
 
 
 def test_a_second_writer_is_refused_while_the_first_lives(store, tmp_path):
@@ -373,6 +386,18 @@ def test_rules_here_that_remove_faster_than_uploads_lose_nothing(store, tmp_path
     ]
     assert puts == ["1", "10", "8", "6", "4", "3-final"], "newest first"
     assert steps_that_count(store) == [3, 4, 6, 8, 10]
+
+
+def test_a_pinned_step_is_not_needless(store, tmp_path):
+    gate = Gate(store)
+    with CheckpointManager(tmp_path, keep_last=1, mirror=mirror(store)) as manager:
+        for step in range(1, 5):
+            manager.save(checkpoint(step))
+            assert gate.reached.wait(30)
+            if step == 2:
+                manager.pin(step)
+        gate.open.set()
+    assert steps_that_count(store) == [2, 4]
 
 
 def test_what_cannot_be_removed_there_is_one_warning_and_no_outage(store, tmp_path):

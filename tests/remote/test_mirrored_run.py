@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 pytest.importorskip("obstore", reason="needs the extra [remote]")
 
 from distrust import CheckpointManager, RemoteError, TakenOver, TrainConfig
+from distrust.checkpoint import catalog
 from distrust.checkpoint.remote import client
 from distrust.checkpoint.remote.location import parse
 from distrust.checkpoint.remote.mirror import Mirror
@@ -34,15 +35,15 @@ def copies(url):
 
 
 @settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(stops=st.lists(st.integers(1, 19), max_size=3).map(sorted), data_of=st.data())
+@given(stops=st.lists(st.integers(1, 9), max_size=3).map(sorted), data_of=st.data())
 def test_a_run_that_loses_its_disk_ends_like_an_undisturbed_one(run, stops, data_of):
     with tempfile.TemporaryDirectory() as folder:
-        plain, _ = run(Path(folder, "plain"), max_steps=20)
+        plain, _ = run(Path(folder, "plain"), max_steps=10)
         mirror, reached = Path(folder, "mirror"), 0
         for number, stop in enumerate([*stops, None]):
             out = Path(folder, f"machine-{number}")
             log = MetricsWriter(TrainConfig(out=str(out)))
-            options = {"mirror": str(mirror), "max_steps": 20, "save_every": 4, "stop_after": stop}
+            options = {"mirror": str(mirror), "max_steps": 10, "save_every": 2, "stop_after": stop}
             ended, events = run(out, observers=[log], **options)
             assert steps_made(events) == list(range(reached + 1, ended.step + 1))  # the stop saved its step
             reached = ended.step
@@ -53,8 +54,8 @@ def test_a_run_that_loses_its_disk_ends_like_an_undisturbed_one(run, stops, data
             if data_of.draw(st.booleans(), "the disk is lost"):
                 shutil.rmtree(out)
         assert ended.state_digest == plain.state_digest
-        assert copies(mirror)[-1] == 20
-        again, events = run(Path(folder, "another"), mirror=str(mirror), max_steps=20)
+        assert copies(mirror)[-1] == 10
+        again, events = run(Path(folder, "another"), mirror=str(mirror), max_steps=10)
         assert again.already_finished
         assert not steps_made(events)
 
@@ -97,8 +98,14 @@ def test_a_run_that_was_taken_over_stops_and_names_what_it_saved(run, tmp_path):
     assert CheckpointManager(tmp_path / "out" / "checkpoints").list_checkpoints()
 
 
-def test_a_final_checkpoint_that_was_not_copied_is_copied_by_the_same_command(run, tmp_path):
+def test_a_final_checkpoint_that_was_not_copied_is_copied_by_the_same_command(run, tmp_path, monkeypatch):
     run(tmp_path / "out", max_steps=5)
+
+    def read_slowly(path, read=catalog.read_header):
+        time.sleep(0.2)  # the upload of the final one ends before the older one is looked at
+        return read(path)
+
+    monkeypatch.setattr(catalog, "read_header", read_slowly)
     again, events = run(tmp_path / "out", max_steps=5, mirror=str(tmp_path / "mirror"))
     assert again.already_finished
     assert not steps_made(events)

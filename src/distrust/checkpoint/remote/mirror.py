@@ -1,6 +1,6 @@
 """The mirror of a directory: uploads each durable checkpoint in the background, under a term (``terms.py``).
 
-- Newest first. What a newer one makes needless is skipped; finals, and what a rule keeps, never are.
+- Newest first. What a newer one makes needless is skipped; finals, and what a rule or a pin keeps, never are.
 - A file is open from its commit until it is uploaded, so removing its name here does not lose it.
 - A failure stops nothing: it is tried again without end, with one warning an outage. A lost term is raised.
 - The thread lives as long as there is something to upload, and is no daemon: a program that ends without
@@ -160,7 +160,8 @@ class MirrorWriter:
             raise
         self._displaced, self._listed = run.displaced, None
         for file in reversed(self._state.scan().files):  # the newest makes most others needless
-            self.offer(file.path, was_here=True)
+            if file.identity not in self._state.damaged:  # else an older one is needed
+                self.offer(file.path, was_here=True)
 
     def fetch_newest(self) -> Path | None:
         """Take the lock, and download the newest one there, unless an intact one here, by step, is as new."""
@@ -190,12 +191,7 @@ class MirrorWriter:
             self._pinned = self._state.pinned
             self._drop([self._pending[path]] if path in self._pending else [])
             self._pending[path] = upload
-            # What the rules will keep, except that of the last ones the newest is enough.
-            files = [*self._copies, *(each.file for each in self._pending.values())]
-            keep = steps_to_keep(as_candidates(files), replace(self._rules, keep_last=1))
-            exempt = self._newest(), self._active  # the latter is nearly there
-            uploads = list(self._pending.values())
-            self._drop(each for each in uploads if each not in exempt and each.file.step not in keep)
+            self._drop_needless()
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name=f"mirror of {self._directory}")
                 try:
@@ -241,8 +237,8 @@ class MirrorWriter:
         """What is there, and the checkpoints that count."""
         run = RemoteRun(self._location, self._client)
         files = run.files()
-        if run.folder:  # readers would look only there
-            text = f"is the mirror of a run; give {self._location / run.folder.rstrip('/')}"
+        if run.directory != self._location:  # readers would look only there
+            text = f"is the mirror of a run; give {run.directory}"
             raise ConfigError(f"mirror {self._location}: {text}")
         return run, files
 
@@ -273,6 +269,7 @@ class MirrorWriter:
             if time.monotonic() > end:
                 self._give_up()
             with self._changed:
+                self._drop_needless()  # again: what was nearly there has failed, or is there
                 upload, terms = self._newest(), self._terms
                 if upload is None or terms is None:
                     self._thread = None  # under the condition: a later offer starts another one
@@ -351,6 +348,15 @@ class MirrorWriter:
 
     def _newest(self) -> _Upload | None:
         return max(self._pending.values(), key=lambda each: each.file.rank, default=None)
+
+    def _drop_needless(self) -> None:
+        """Drop what the rules will not keep, and of the last ones all but the newest."""
+        uploads, newest = list(self._pending.values()), self._newest()
+        files = [*self._copies, *(each.file for each in uploads)]
+        keep = steps_to_keep(as_candidates(files), replace(self._rules, keep_last=1)) | {self._pinned}
+        is_saved = newest is not None and not newest.was_here  # then it counts, even after a step back
+        exempt = newest if is_saved else None, self._active  # the latter is nearly there
+        self._drop(each for each in uploads if each not in exempt and each.file.step not in keep)
 
     def _drop(self, uploads: Iterable[_Upload]) -> None:
         for upload in uploads:
