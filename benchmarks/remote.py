@@ -7,7 +7,8 @@ Every figure is from a fresh process. The cases of a repeat run one after the ot
 reverse order; a ratio is taken within one repeat, and the table shows the median of the ratios, the smallest
 and the largest. The store shares the cores with what is measured, so seconds say little about a network.
 Stall is the time that a training loop spends in its saves. Memory is the peak of the process during the
-transfer beyond what it had before. Prints a table in markdown.
+transfer beyond what it had before. CPU is that of the process, without the store's: where the store leaves no
+core idle, it is time. Prints a table in markdown.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +33,10 @@ from campaigns.remote.proxy import PASS, Action, Proxy, Request
 from campaigns.remote.servers import Store, seaweedfs
 from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint import parallel
+from distrust.checkpoint.format import tensor_hasher
 from distrust.checkpoint.remote import client as clients
 from distrust.checkpoint.remote import fetch
-from distrust.checkpoint.remote.line import parse_key
+from distrust.checkpoint.remote.line import RemoteFile, parse_key
 from distrust.checkpoint.remote.location import parse
 from distrust.checkpoint.remote.mirror import Mirror
 from distrust.checkpoint.remote.remote_run import RemoteRun
@@ -108,53 +110,54 @@ def mirror_upload(folder: Path, url: str, mib: int) -> Figures:
     return {"seconds": behind[-1], "peak_mib": peak.mib}
 
 
-def _store_one(folder: Path, url: str, mib: int) -> tuple[clients.Client, Any]:
-    """A checkpoint that is there."""
-    path = CheckpointManager(folder / "original").save(make_checkpoint(mib, 1))
+def _read_there(url: str, path: Path, read: Callable[[clients.Client, RemoteFile], object]) -> Figures:
+    """Measure one way to read a file from the store."""
     client = clients.connect(parse(url, "URL"))
-    with path.open("rb") as file:
-        client.put(path.name, file)
-    (file_there,) = filter(None, map(parse_key, client.list()))
-    return client, file_there
+    with path.open("rb") as content:
+        client.put(path.name, content)
+    (file,) = filter(None, map(parse_key, client.list()))
+    with Peak() as peak:
+        began, cpu_began = time.perf_counter(), time.process_time()
+        read(client, file)
+        seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    client.delete(file.key)
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mib": peak.mib}
 
 
 def raw_reads(folder: Path, url: str, mib: int) -> Figures:
     """The client's own reads of ranges, as many at once as the download makes."""
-    client, file = _store_one(folder, url, mib)
-    begins = range(0, file.size, fetch.RANGE_BYTES)
 
-    def read(begin: int) -> None:
-        client.read(file.key, begin, min(begin + fetch.RANGE_BYTES, file.size))
+    def read_all(client: clients.Client, file: RemoteFile) -> None:
+        def read(begin: int) -> None:
+            client.read(file.key, begin, min(begin + fetch.RANGE_BYTES, file.size))
 
-    with Peak() as peak:
-        began = time.perf_counter()
-        parallel.run(read, begins, threads=fetch.RANGES_IN_FLIGHT)
-        seconds = time.perf_counter() - began
-    client.delete(file.key)
-    return {"seconds": seconds, "peak_mib": peak.mib}
+        parallel.run(read, range(0, file.size, fetch.RANGE_BYTES), threads=fetch.RANGES_IN_FLIGHT)
+
+    return _read_there(url, CheckpointManager(folder).save(make_checkpoint(mib, 1)), read_all)
 
 
 def download(folder: Path, url: str, mib: int) -> Figures:
     """Fetched, verified, and durable."""
-    client, file = _store_one(folder, url, mib)
-    with Peak() as peak:
-        began = time.perf_counter()
+
+    def fetch_one(client: clients.Client, file: RemoteFile) -> None:
         RemoteRun(parse(url, "URL"), client).fetch([file], folder / "fetched")
-        seconds = time.perf_counter() - began
-    for info in client.list():
-        client.delete(info.key)
-    return {"seconds": seconds, "peak_mib": peak.mib}
+
+    return _read_there(url, CheckpointManager(folder).save(make_checkpoint(mib, 1)), fetch_one)
 
 
 def verification(folder: Path, url: str, mib: int) -> Figures:
     """Read and verified, and not written."""
-    client, file = _store_one(folder, url, mib)
-    with Peak() as peak:
-        began = time.perf_counter()
-        fetch.verify(client, file)
-        seconds = time.perf_counter() - began
-    client.delete(file.key)
-    return {"seconds": seconds, "peak_mib": peak.mib}
+    return _read_there(url, CheckpointManager(folder).save(make_checkpoint(mib, 1)), fetch.verify)
+
+
+def digests(folder: Path, url: str, mib: int) -> Figures:
+    """Of as many bytes, which are in memory, and nothing else."""
+    content = bytes(fetch.BLOCK_BYTES)
+    began, cpu_began = time.perf_counter(), time.process_time()
+    hasher = tensor_hasher(all_cores=False)
+    for _ in range((mib << 20) // fetch.BLOCK_BYTES):
+        hasher.update(content)
+    return {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu_began}
 
 
 def _stall(folder: Path, mirror: Mirror | None) -> Figures:
@@ -188,7 +191,16 @@ def stall_without(folder: Path, url: str, mib: int) -> Figures:
 
 CASES: dict[str, Callable[[Path, str, int], Figures]] = {
     case.__name__: case
-    for case in (raw_upload, mirror_upload, raw_reads, download, verification, stall_without, stall_with)
+    for case in (
+        raw_upload,
+        mirror_upload,
+        raw_reads,
+        download,
+        verification,
+        digests,
+        stall_without,
+        stall_with,
+    )
 }
 
 
@@ -236,23 +248,28 @@ ROWS = (
 )
 
 
+def _row(name: str, values: Sequence[float], digits: int, target: str = "") -> str:
+    shown = (f"{value:.{digits}f}" for value in (statistics.median(values), min(values), max(values)))
+    return f"| {name.replace('_', ' ')} | {' | '.join(shown)} | {target} |"
+
+
 def table(repeats: list[dict[str, Figures]], requests: Counter[str], mib: int) -> str:
     lines = ["| | median | least | most | target |", "|---|---:|---:|---:|---:|"]
     for row in ROWS:
         ratios = [one[row.case][row.figure] / one[row.reference][row.figure] for one in repeats]
-        values = (statistics.median(ratios), min(ratios), max(ratios))
-        lines.append(f"| {row.name} | {' | '.join(f'{value:.2f}' for value in values)} | {row.target} |")
-    for case in ("mirror_upload", "download", "verification"):
-        peaks = [one[case]["peak_mib"] for one in repeats]
-        values = (statistics.median(peaks), min(peaks), max(peaks))
-        shown = " | ".join(f"{value:.0f}" for value in values)
-        lines.append(f"| memory of {case.replace('_', ' ')}, MiB | {shown} | ≤ 64 |")
-    for case in ("raw_upload", "mirror_upload", "raw_reads", "download", "verification"):
-        rates = [mib / one[case]["seconds"] for one in repeats]
-        values = (statistics.median(rates), min(rates), max(rates))
-        lines.append(
-            f"| {case.replace('_', ' ')}, MiB/s | {' | '.join(f'{value:.0f}' for value in values)} | |"
-        )
+        lines.append(_row(row.name, ratios, 2, row.target))
+    lines += [
+        _row(f"memory of {case}, MiB", [one[case]["peak_mib"] for one in repeats], 0, "≤ 64")
+        for case in ("mirror_upload", "download", "verification")
+    ]
+    lines += [
+        _row(f"{case}, MiB/s", [mib / one[case]["seconds"] for one in repeats], 0)
+        for case in ("raw_upload", "mirror_upload", "raw_reads", "download", "verification")
+    ]
+    lines += [
+        _row(f"CPU of {case}, s/GiB", [one[case]["cpu_seconds"] * 1024 / mib for one in repeats], 2)
+        for case in ("raw_reads", "download", "verification", "digests")
+    ]
     kinds = ", ".join(f"{number} {kind}" for kind, number in sorted(requests.items()))
     total = sum(requests.values())
     lines.append(f"| requests of `ls` of {LISTED} checkpoints ({kinds}) | {total} | | | ≤ {2 * LISTED} |")

@@ -120,6 +120,26 @@ def test_any_layout_is_streamed_in_order(tmp_path, sizes, unit):
     assert fetched.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.parametrize(
+    ("begin", "end"), [(0, 0), (5, 5), (0, 8), (3, 7), (3, 8), (3, 9), (8, 41), (13, 200)]
+)
+def test_ranges_begin_where_a_store_has_its_pieces(monkeypatch, begin, end):
+    monkeypatch.setattr(fetch, "RANGE_BYTES", 8)
+    content, requests = bytes(range(200)), []
+
+    def read(first, last):
+        requests.append((first, last))
+        return memoryview(content)[first:last]
+
+    arrived = list(fetch.blocks(read, begin, end))
+    assert b"".join(block for _, block in arrived) == content[begin:end]
+    assert [offset for offset, _ in arrived] == [first for first, _ in sorted(requests)]
+    assert all(first < last and first // 8 == (last - 1) // 8 for first, last in requests), "one piece each"
+    assert next(fetch.blocks(read, 0, 1 << 62)) == (0, content[:8]), (
+        "a size that a store states takes no memory"
+    )
+
+
 def test_the_header_of_many_tensors_takes_two_reads(tmp_path):
     with CheckpointManager(tmp_path) as manager:
         manager.save(state(1, tensors=1600, items=1))

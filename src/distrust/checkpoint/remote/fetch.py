@@ -4,37 +4,42 @@ Nothing that the store says is trusted. The header is checked fully before any s
 state the size of the listing. Each tensor's digest is compared before a downloaded file gets its name, so it
 does not matter which requests an object that was replaced meanwhile has answered.
 
-Memory is bounded: some ranges arrive while one is hashed and others are written. Errors have the object's URL
+Memory is bounded: some ranges arrive while blocks of one are hashed and written. Errors have the object's URL
 where those of a local file have its path.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import partial
-from itertools import chain, islice
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
+from typing import Any, TypeVar, cast
 
 from distrust.checkpoint.checkpoint_file import CheckpointFile
 from distrust.checkpoint.disk import Disk
 from distrust.checkpoint.files import errors_with_path
 from distrust.checkpoint.header import Header, header_length, parse_header
-from distrust.checkpoint.memory import PAGE_BYTES, allocate, round_up
+from distrust.checkpoint.memory import PAGE_BYTES, ReusableMemory, round_up
 from distrust.checkpoint.remote.client import Client
 from distrust.checkpoint.remote.line import RemoteFile
 from distrust.checkpoint.storage import AtomicCheckpointFile
-from distrust.errors import CheckpointNotFound, CorruptCheckpoint
+from distrust.errors import CorruptCheckpoint
 
+Write = Callable[[int, memoryview], object]  # of the block that begins at an offset
+Read = TypeVar("Read", bound=Callable[..., CheckpointFile])
 #: The first read of a header: one request is enough for some 1,000 tensors.
 FIRST_BYTES = 256 << 10
-#: Of one request for data; a multiple of a page.
-RANGE_BYTES = 2 << 20
-RANGES_IN_FLIGHT = 6
-#: Of the same size, for the blocks that are being written.
-SLOTS = 3
+#: Of one request for data, which begins at a multiple of it: SeaweedFS, for one, keeps pieces of that size,
+#: and gives halves of them more slowly.
+RANGE_BYTES = 4 << 20
+RANGES_IN_FLIGHT = 4
+#: Of one write; a multiple of a page, as the above. There are slots for the blocks that are being written.
+BLOCK_BYTES, SLOTS = 1 << 20, 4
 
 
 def read_header(client: Client, file: RemoteFile) -> CheckpointFile:
@@ -44,26 +49,33 @@ def read_header(client: Client, file: RemoteFile) -> CheckpointFile:
         CheckpointError: CheckpointNotFound, CorruptCheckpoint or UnsupportedVersion, with the URL as path.
         RemoteError: the store fails.
     """
-    path = object_path(client, file)
-    with errors_with_path(path):
+    with errors_with_path(path := object_path(client, file)):
         return CheckpointFile(path, _read_header(client, file)[0])
 
 
+def _again_if_damaged(read: Read) -> Read:
+    """Damage may be of the way here, and not of the object: read it once more. Errors have its URL."""
+
+    @functools.wraps(read)
+    def call(client: Client, file: RemoteFile, *arguments: Any, **options: Any) -> CheckpointFile:
+        with errors_with_path(object_path(client, file)):
+            with contextlib.suppress(CorruptCheckpoint):
+                return read(client, file, *arguments, **options)
+            return read(client, file, *arguments, **options)
+
+    return cast(Read, call)
+
+
+@_again_if_damaged
 def verify(client: Client, file: RemoteFile) -> CheckpointFile:
     """Read a whole checkpoint, keep nothing, and check every byte. Raises as :func:`read_header`."""
-
-    def read() -> CheckpointFile:
-        path = object_path(client, file)
-        with errors_with_path(path):
-            header, _ = _read_header(client, file)
-            header.require_intact()  # before any of its offsets is used
-            for _ in _data(client, file, header):
-                pass
-        return CheckpointFile(path, header)
-
-    return _again_if_damaged(read)
+    header, _ = _read_header(client, file)
+    header.require_intact()  # before any of its offsets is used
+    _read_data(client, file, header, lambda *_: None)
+    return CheckpointFile(object_path(client, file), header)
 
 
+@_again_if_damaged
 def fetch(
     client: Client,
     file: RemoteFile,
@@ -80,52 +92,39 @@ def fetch(
         CheckpointError: as :func:`read_header`; SaveFailed if the file cannot be written.
         RemoteError: the store fails.
     """
-    return _again_if_damaged(lambda: _fetch(client, file, path, disk, report))
+    header, raw = _read_header(client, file)
+    header.require_intact()  # before any of its offsets is used
+    with AtomicCheckpointFile(path, file.size, disk) as target:
+        memory = memoryview(ReusableMemory().acquire(SLOTS * BLOCK_BYTES))
+        slots = itertools.cycle(memory[index * BLOCK_BYTES :][:BLOCK_BYTES] for index in range(SLOTS))
+        writes = deque[Event]()
 
+        def write(offset: int, block: memoryview) -> None:
+            if len(writes) == SLOTS:
+                writes.popleft().wait()  # the slot is free
+            pages = next(slots)[: round_up(len(block), PAGE_BYTES)]
+            pages[: len(block)] = block
+            writes.append(target.write(pages, offset))
+            report(offset)
 
-def _again_if_damaged(read: Callable[[], CheckpointFile]) -> CheckpointFile:
-    """Damage may be of the way here, and not of the object: read it once more."""
-    try:
-        return read()
-    except CorruptCheckpoint:
-        return read()
-
-
-def _fetch(
-    client: Client, file: RemoteFile, path: Path, disk: Disk, report: Callable[[int], None]
-) -> CheckpointFile:
-    with errors_with_path(object_path(client, file)):
-        header, raw = _read_header(client, file)
-        header.require_intact()  # before any of its offsets is used
-        first = (
-            (begin, memoryview(raw)[begin : begin + RANGE_BYTES]) for begin in range(0, len(raw), RANGE_BYTES)
-        )
-        with AtomicCheckpointFile(path, file.size, disk) as target:
-            slots = [memoryview(allocate(RANGE_BYTES)) for _ in range(SLOTS)]  # page-aligned, for direct I/O
-            writes = deque[Event]()
-            for index, (offset, block) in enumerate(chain(first, _data(client, file, header))):
-                if len(writes) == SLOTS:
-                    writes.popleft().wait()  # the slot is free
-                pages = slots[index % SLOTS][: round_up(len(block), PAGE_BYTES)]
-                pages[: len(block)] = block
-                writes.append(target.write(pages, offset))
-                report(offset)
-            target.commit()  # only here: every digest was compared
+        for begin in range(0, len(raw), BLOCK_BYTES):
+            write(begin, memoryview(raw)[begin : begin + BLOCK_BYTES])
+        _read_data(client, file, header, write)
+        target.commit()  # only here: every digest was compared
     return CheckpointFile(path, header)
 
 
 def blocks(read: Callable[[int, int], memoryview], begin: int, end: int) -> Iterator[tuple[int, memoryview]]:
     """Read a range in blocks, several at once; gives each with its offset, in order."""
+    pieces = range(begin - begin % RANGE_BYTES, end, RANGE_BYTES) if begin < end else ()
+    ranges = ((max(piece, begin), min(piece + RANGE_BYTES, end)) for piece in pieces)
     with ThreadPoolExecutor(RANGES_IN_FLIGHT) as pool:
-        offsets = iter(range(begin, end, RANGE_BYTES))
-        arriving = deque[tuple[int, Future[memoryview]]]()
-        while True:
-            for offset in islice(offsets, RANGES_IN_FLIGHT + 1 - len(arriving)):
-                arriving.append((offset, pool.submit(read, offset, min(offset + RANGE_BYTES, end))))
-            if not arriving:
-                return
-            offset, block = arriving.popleft()
-            yield offset, block.result()
+        requests = ((edges[0], pool.submit(read, *edges)) for edges in ranges)
+        arriving = deque(itertools.islice(requests, RANGES_IN_FLIGHT))
+        while arriving:
+            offset, request = arriving.popleft()
+            yield offset, request.result()
+            arriving.extend(itertools.islice(requests, 1))
 
 
 def object_path(client: Client, file: RemoteFile) -> Path:
@@ -150,8 +149,7 @@ def _read_header(client: Client, file: RemoteFile) -> tuple[Header, bytes]:
 def _read(client: Client, file: RemoteFile, begin: int, end: int) -> memoryview:
     content = client.read(file.key, begin, end) if begin < end else memoryview(b"")
     if content is None:
-        path = object_path(client, file)
-        raise CheckpointNotFound(f"{path}: no such checkpoint", path=path)
+        raise FileNotFoundError(file.key)
     if len(content) != end - begin:
         raise CorruptCheckpoint(
             f"it is truncated, or was replaced by another: {file.size:,} bytes are listed, and it ends "
@@ -160,16 +158,18 @@ def _read(client: Client, file: RemoteFile, begin: int, end: int) -> memoryview:
     return content
 
 
-def _data(client: Client, file: RemoteFile, header: Header) -> Iterator[tuple[int, memoryview]]:
-    """The data in blocks, with their offsets; raises CorruptCheckpoint unless every digest is right."""
+def _read_data(client: Client, file: RemoteFile, header: Header, write: Write) -> None:
+    """Give each block of the data to ``write``. Raises CorruptCheckpoint unless every digest is right."""
     from distrust.checkpoint.stream_writer import TensorDigests
     from distrust.checkpoint.verified_read import check_digest
 
-    data_bytes = sum(tensor.nbytes for tensor in header.tensors)
-    start = file.size - data_bytes
-    digests = TensorDigests([*(tensor.offset - start for tensor in header.tensors), data_bytes])
-    for offset, block in blocks(partial(_read, client, file), start, file.size):
-        yield offset, block
-        digests.update(block, offset - start, offset - start + len(block))  # while it is being written
+    edges = [*(tensor.offset for tensor in header.tensors), file.size]
+    digests = TensorDigests(edges)
+    for offset, content in blocks(functools.partial(_read, client, file), edges[0], file.size):
+        for begin in range(0, len(content), BLOCK_BYTES):
+            block = content[begin : begin + BLOCK_BYTES]
+            write(offset + begin, block)
+            digests.update(block, offset + begin, offset + begin + len(block))  # while it is being written
+        del content, block  # its memory, while the next one arrives
     for tensor, digest in zip(header.tensors, digests.hex, strict=True):
         check_digest(tensor, digest)
