@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import random
 import shutil
@@ -24,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distrust import Checkpoint, CheckpointManager, CorruptCheckpoint, DistrustWarning
-from distrust.checkpoint import catalog, snapshot, step_snapshots, stream_writer
+from distrust.checkpoint import catalog, parallel, snapshot, step_snapshots, stream_writer
 from distrust.checkpoint.step_snapshots import folder_of, seconds_between
 
 RNG = np.ones(3)
@@ -103,19 +104,23 @@ def test_a_process_that_dies_leaves_its_last_step(tmp_path, shared_memory, name,
     assert rescue(tmp_path / name) is None
 
 
-@pytest.fixture(scope="module")
-def writes(tmp_path_factory) -> list[bytes]:
+@pytest.fixture(scope="module", params=[False, True], ids=["at once", "overlapped"])
+def writes(request, tmp_path_factory) -> list[bytes]:
     """The bytes of a slot while step 3 replaces step 1 there: before each line of the code that writes it."""
     base = tmp_path_factory.mktemp("writes")
     dumps: list[bytes] = []
+    threads: list[int] = []  # the one that was started last writes; the others wait for it
+    lock = threading.Lock()
     traced = {module.__file__ for module in (step_snapshots, snapshot, stream_writer)}
 
     def trace(frame, event, _):
         if frame.f_code.co_filename not in traced:
             return None
-        content = slot.read_bytes()
-        if not dumps or content != dumps[-1]:
-            dumps.append(content)
+        with lock:
+            if (thread := threading.get_ident()) not in threads:
+                threads.append(thread)
+            if thread == threads[-1] and (content := slot.read_bytes()) not in dumps[-1:]:
+                dumps.append(content)
         return trace
 
     with pytest.MonkeyPatch.context() as patch:
@@ -127,7 +132,7 @@ def writes(tmp_path_factory) -> list[bytes]:
         threading.settrace(trace)  # of the thread that copies and hashes
         sys.settrace(trace)
         try:
-            take(manager, 3)
+            take(manager, 3, overlap=request.param)
         finally:
             sys.settrace(None)
             threading.settrace(None)
@@ -240,14 +245,67 @@ def test_another_directory_under_the_same_name(tmp_path):
     assert rescue(directory) == 1
 
 
-def test_a_snapshot_that_fails_ends_no_training(tmp_path):
+@pytest.mark.parametrize("earlier", [0, 2])
+def test_a_snapshot_that_fails_ends_no_training(tmp_path, earlier):
     array = pytest.importorskip("torch").zeros(20_000_000)
     with CheckpointManager(tmp_path / "run") as manager:
-        manager.snapshot(Checkpoint(step=1, model={"w": array}), overlap=True)
+        for step in range(1, earlier + 1):
+            take(manager, step)
+        snapshots = manager.snapshot(Checkpoint(step=3, model={"w": array}), budget=ALWAYS, overlap=True)
         array.add_(1)
+        snapshots.wait()
+        reference = weakref.ref(array)
+        del array
         with pytest.warns(DistrustWarning, match="model or optimizer changed while it was copied"):
-            manager.snapshot(state(2), budget=ALWAYS)
-        manager.save(state(3))
+            manager.snapshot(state(4), budget=ALWAYS)
+        gc.collect()
+        assert reference() is None, "its error lives on"
+        assert rescue_slots(tmp_path / "run") == (earlier or None)
+        manager.save(state(5))
+
+
+def test_a_state_that_outgrows_the_memory(tmp_path, monkeypatch):
+    with CheckpointManager(tmp_path / "run") as manager:
+        take_twice(manager)
+        monkeypatch.setattr(step_snapshots, "available_bytes", lambda: 10_000)
+        take(manager, 3, overlap=True)
+        assert rescue_slots(tmp_path / "run") == 3, "it still fits"
+        manager.snapshot(state(4, 1_000_000), budget=ALWAYS, overlap=True).wait()
+        with pytest.warns(DistrustWarning, match="exceed a quarter of the free 10,000"):
+            take(manager, 5)
+        assert rescue_slots(tmp_path / "run") == 3
+
+
+def rescue_slots(directory: Path) -> int | None:
+    """The newest step in the slots that verifies."""
+    files = step_snapshots.read_slots(folder_of(directory), catalog.verify_content)
+    return files[0].step if files else None
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+def test_only_model_and_optimizer_overlap(tmp_path, framework):
+    library = pytest.importorskip(framework)
+    model, random_state = library.ones(1_000_000), library.ones(1000)
+
+    def work() -> None:
+        if framework == "torch":
+            library.set_num_threads(1)  # those of this process do not exist in a fork, and it would hang
+        manager = CheckpointManager(tmp_path / "run")
+        for step in range(1, 4):
+            model[:] = random_state[:] = step
+            checkpoint = Checkpoint(step=step, model={"w": model}, rng={"n": random_state})
+            snapshots = manager.snapshot(checkpoint, budget=ALWAYS, overlap=True)
+            random_state[:] = 9
+            snapshots._pending.wait_copied()  # not until it is complete, which the budget would allow
+            model[:] = 9
+            snapshots.wait()
+
+    die_in_fork(work)
+    with CheckpointManager(tmp_path / "run") as manager:
+        manager.rescue()
+        loaded = manager.load_latest()
+    assert (loaded.rng["n"] == 3).all()
+    assert (loaded.model["w"] == 3).all()
 
 
 def test_nothing_refers_to_a_snapshot_that_has_ended(tmp_path):
@@ -265,6 +323,59 @@ def test_an_own_step_is_not_what_load_latest_gives(tmp_path):
         manager.save(state(1))
         take(manager, 2)
         assert manager.load_latest().step == 1
+
+
+def test_an_own_step_is_none_of_another_process_after_a_failure(tmp_path):
+    with CheckpointManager(tmp_path / "run") as manager:
+        manager.save(state(1))
+    with CheckpointManager(tmp_path / "run") as manager:
+        for step in (2, 3):
+            take(manager, step)
+        model = {"w": np.array([object()])}
+        manager.snapshot(Checkpoint(step=4, model=model), budget=ALWAYS, overlap=True).wait()
+        with pytest.warns(DistrustWarning, match="arrays of object cannot be saved"):
+            take(manager, 5)
+        assert manager.load_latest().step == 1
+        assert rescue_slots(tmp_path / "run") == 3, "if this process dies, it is not lost"
+
+
+def test_without_a_new_thread_the_caller_copies_and_keeps_its_cores(tmp_path, monkeypatch):
+    monkeypatch.setattr(parallel, "cores", lambda: 7)
+    with CheckpointManager(tmp_path / "run") as manager:
+        take(manager, 1)
+        with monkeypatch.context() as patches:
+            patches.setattr(threading.Thread, "start", refuse)
+            take(manager, 2, overlap=True)
+        assert rescue_slots(tmp_path / "run") == 2
+        assert parallel.worthwhile_threads(1 << 30) == 7
+
+
+@pytest.mark.parametrize("name", ["Memory", "_Slot"])
+@pytest.mark.parametrize("count", [0, 1])
+def test_an_interrupt_leaves_two_slots_that_can_be_used(tmp_path, monkeypatch, name, count):
+    with CheckpointManager(tmp_path / "run") as manager:
+        with monkeypatch.context() as patches:
+            patches.setattr(step_snapshots, name, interrupted_after(count, getattr(step_snapshots, name)))
+            with pytest.raises(KeyboardInterrupt):
+                take(manager, 1)
+        take_twice(manager)
+        slots = step_snapshots.read_slots(folder_of(tmp_path / "run"), catalog.verify_content)
+        assert [file.step for file in slots] == [2, 1]
+
+
+def interrupted_after(count: int, make: Callable[..., object]) -> Callable[..., object]:
+    calls = itertools.count()
+
+    def call(*arguments: object) -> object:
+        if next(calls) == count:
+            raise KeyboardInterrupt
+        return make(*arguments)
+
+    return call
+
+
+def refuse(thread: threading.Thread) -> NoReturn:
+    raise RuntimeError("can't start new thread")
 
 
 def test_arrays_that_change_before_they_are_copied(tmp_path):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from distrust.checkpoint import serialization, stream_writer
+from distrust.checkpoint.arrays import Shard
 from distrust.checkpoint.background import BackgroundWriter, PendingSave
 from distrust.checkpoint.checkpoint import Checkpoint
 from distrust.checkpoint.checkpoint_file import CheckpointFile
@@ -97,10 +98,15 @@ class FileWriter:
 
     def prepare(self, checkpoint: Checkpoint, kind: Kind) -> serialization.PreparedCheckpoint:
         """Lay out a checkpoint; UnsupportedState if it could not be restored exactly."""
-        prepared = serialization.prepare(checkpoint, kind, record_host=self._record_host)
-        for label in prepared.rows:
-            raise UnsupportedState(f"{label}: is one rank's shard: saving it needs share()", label=label)
-        return prepared
+        return self.flatten(checkpoint, kind).lay_out()
+
+    def flatten(self, checkpoint: Checkpoint, kind: Kind) -> serialization.FlatCheckpoint:
+        """Flatten a checkpoint; UnsupportedState if it could not be restored exactly."""
+        flat = serialization.flatten(checkpoint, kind, record_host=self._record_host)
+        for label, array in flat.arrays.items():
+            if isinstance(array, Shard):
+                raise UnsupportedState(f"{label}: is one rank's shard: saving it needs share()", label=label)
+        return flat
 
     def copy(self, source: CheckpointFile, path: Path) -> None:
         """Write a verified file of another name; it is durable when this returns."""

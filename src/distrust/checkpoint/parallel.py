@@ -114,9 +114,13 @@ class WorkerPool:
             finished.set()  # always: the submitter may be waiting to reuse the task's memory
 
 
+#: A thread whose ``is_alone`` is true copies without others: they would take the cores that train.
+local = threading.local()
+
+
 def worthwhile_threads(nbytes: int) -> int:
     """Return how many threads to copy ``nbytes`` with: for little data, starting threads costs more."""
-    return cores() if nbytes >= _MIN_BYTES_FOR_THREADS else 1
+    return cores() if nbytes >= _MIN_BYTES_FOR_THREADS and not getattr(local, "is_alone", False) else 1
 
 
 def run(work: Callable[[Item], None], items: Sequence[Item], *, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""A checkpoint <-> the parts of its file: :func:`prepare` for a writer, :func:`load` for a reader."""
+"""A checkpoint <-> the parts of its file: :func:`flatten` for a writer, :func:`load` for a reader."""
 
 from __future__ import annotations
 
@@ -37,12 +37,34 @@ class PreparedCheckpoint:
     rows: Mapping[str, int]  # of the arrays of which it has a shard: how many rows the whole one has
 
 
-def prepare(checkpoint: Checkpoint, kind: Kind, *, record_host: bool = True) -> PreparedCheckpoint:
-    """Flatten a checkpoint and lay out its file; UnsupportedState if it could not be restored exactly.
+@dataclass(frozen=True, slots=True)
+class FlatCheckpoint:
+    """A copy of a checkpoint, except of its arrays: the caller's changes in them still have an effect."""
+
+    step: int
+    kind: Kind
+    sections: dict[str, Any]
+    arrays: dict[str, Any]  # by label
+    run: str
+
+    def lay_out(self) -> PreparedCheckpoint:
+        """Lay out its file, with views of the arrays; UnsupportedState if one cannot be restored exactly."""
+        shards = {label: array for label, array in self.arrays.items() if isinstance(array, Shard)}
+        by_label = self.arrays | {label: shard.rows for label, shard in shards.items()}
+        tensors = arrays.describe(by_label)
+        tensors |= {label: (tensors[label][0], shard.shape) for label, shard in shards.items()}
+        layout = Layout(tensors, step=self.step, kind=self.kind, sections=self.sections, run=self.run)
+        flats, zero_copy = arrays.flat_arrays(by_label)
+        in_order = [flats[name] for name in layout.names]
+        rows = {name: shard.shape[0] for name, shard in shards.items()}
+        return PreparedCheckpoint(self.step, layout, in_order, zero_copy, rows)
+
+
+def flatten(checkpoint: Checkpoint, kind: Kind, *, record_host: bool = True) -> FlatCheckpoint:
+    """Flatten a checkpoint; UnsupportedState if it could not be restored exactly.
 
     ``record_host``: whether the file gets the name of this machine. It is no part of the state digest.
     """
-    # From here on, the caller's changes have no effect, except those in arrays.
     state = {name: getattr(checkpoint, name) for name in STATE_SECTIONS}
     sections, by_label = tree.flatten(state, is_array=arrays.is_array)
     for label in by_label:
@@ -52,20 +74,13 @@ def prepare(checkpoint: Checkpoint, kind: Kind, *, record_host: bool = True) -> 
                 "use plain numbers and lists here, such as float(x) or x.tolist()",
                 label=label,
             )
-    shards = {label: array for label, array in by_label.items() if isinstance(array, Shard)}
-    by_label |= {label: shard.rows for label, shard in shards.items()}
-    tensors = arrays.describe(by_label)
-    tensors |= {label: (tensors[label][0], shard.shape) for label, shard in shards.items()}
     run = _run_json(checkpoint, host=platform.node() if record_host else "")
-    layout = Layout(tensors, step=checkpoint.step, kind=kind, sections=sections, run=run)
-    flats, zero_copy = arrays.flat_arrays(by_label)
-    in_order, rows = [flats[name] for name in layout.names], {name: shards[name].shape[0] for name in shards}
-    return PreparedCheckpoint(checkpoint.step, layout, in_order, zero_copy, rows)
+    return FlatCheckpoint(checkpoint.step, kind, sections, by_label, run)
 
 
 def state_digest(checkpoint: Checkpoint, kind: Kind) -> str:
     """Return the ``state_digest`` that a checkpoint's file would have, without writing it."""
-    prepared = prepare(checkpoint, kind)
+    prepared = flatten(checkpoint, kind).lay_out()
     digests = []
     for flat in prepared.flat_arrays:
         memory = allocate(flat.nbytes)

@@ -77,7 +77,7 @@ class SharedFileWriter(FileWriter):
 
     def prepare(self, checkpoint: Checkpoint, kind: Kind) -> PreparedCheckpoint:
         """Lay out a checkpoint of which this rank writes its rows; the leader, all that every rank has."""
-        prepared = serialization.prepare(checkpoint, kind, record_host=self._record_host)
+        prepared = serialization.flatten(checkpoint, kind, record_host=self._record_host).lay_out()
         named = zip(prepared.layout.names, prepared.flat_arrays, strict=True)
         leads = self._peers.index == 0
         flats = [flat if leads or name in prepared.rows else flat[:0] for name, flat in named]

@@ -22,6 +22,10 @@ from distrust.errors import SaveFailed
 BUDGET = 0.25
 #: Sections that change only in the optimizer's step: their copy may overlap the next forward and backward.
 OVERLAPPED = ("model.", "optimizer.")
+CHANGED = (
+    "model or optimizer changed while it was copied, and the file would mix two states; call wait_copied() "
+    "before the optimizer's step"
+)
 
 
 class PendingCopy(NamedTuple):
@@ -118,11 +122,7 @@ class Snapshot:
                 offset, flats, versions = pending.pop()
                 arrays.fill(memory, offset, flats)
                 if arrays.versions(flats) != versions:  # changed before or during the copy
-                    raise SaveFailed(
-                        f"{path}: not saved: model or optimizer changed while it was copied, and the file "
-                        "would mix two states; call wait_copied() before the optimizer's step",
-                        path=path,
-                    )
+                    raise SaveFailed(f"{path}: not saved: {CHANGED}", path=path)
 
         def write(file: stream_writer.BlockFile) -> str:
             while pending:  # popped, so that the device gets its memory back

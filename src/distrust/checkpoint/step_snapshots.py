@@ -22,16 +22,16 @@ from typing import NamedTuple
 
 from blake3 import blake3
 
-from distrust.checkpoint import catalog, parallel
+from distrust.checkpoint import arrays, catalog, parallel
 from distrust.checkpoint.background import BackgroundWriter, PendingSave
 from distrust.checkpoint.checkpoint_file import CheckpointFile
 from distrust.checkpoint.files import open_regular, open_to_write
 from distrust.checkpoint.format import LENGTH_BYTES
 from distrust.checkpoint.lock import LOCK_NAME
 from distrust.checkpoint.memory import Memory, PageLock, ReusableMemory, available_bytes, round_up
-from distrust.checkpoint.serialization import PreparedCheckpoint
-from distrust.checkpoint.snapshot import BUDGET, OVERLAPPED, Snapshot
-from distrust.errors import CheckpointError, DistrustWarning, defer_warning
+from distrust.checkpoint.serialization import FlatCheckpoint
+from distrust.checkpoint.snapshot import BUDGET, CHANGED, OVERLAPPED, PendingCopy, Snapshot
+from distrust.errors import CheckpointError, DistrustWarning, SaveFailed, defer_warning
 
 #: Replaces /dev/shm; if it is empty, no snapshots are kept.
 FOLDER_VARIABLE = "DISTRUST_SHM"
@@ -147,6 +147,7 @@ class StepSnapshots:
     def __init__(self, directory: Path) -> None:
         self.durable_step = 0  # the newest one of the directory
         self.total_stall = 0.0  # how long snapshots have stalled the caller, in seconds
+        self.has_any = False  # whether the folder's are this process's
         self._directory, self._folder = directory, folder_of(directory)
         self._is_enabled = os.environ.get(FOLDER_VARIABLE) != ""
         self._slots: list[_Slot] = []  # the next one to write comes first
@@ -158,17 +159,18 @@ class StepSnapshots:
         self._stalls: deque[float] = deque(maxlen=_STALLS)
         self._budget = 0.0
 
-    @property
-    def has_any(self) -> bool:
-        """Whether this process has taken snapshots."""
-        return bool(self._slots)
-
     def disable(self, reason: str) -> None:
         """Take no snapshots from now on, with one notice."""
         if self._is_enabled:
             self._is_enabled = False
             text = f"{self._directory}: no step is kept in shared memory: {reason}"
             defer_warning(DistrustWarning(text))
+
+    def _give_up(self, error: Exception) -> None:
+        self.disable(getattr(error, "strerror", None) or str(error) or "no memory")
+        has_any = self.has_any  # one that is newer than every checkpoint stays
+        self.close()
+        self.has_any = has_any
 
     def is_due(self, budget: float) -> bool:
         """Whether to take one now: the one before has ended, and its cost is within the budget (percent)."""
@@ -184,7 +186,7 @@ class StepSnapshots:
         except TimeoutError:
             return False
         except Exception as error:  # arrays changed while they were copied, no memory: the slot is torn
-            self.disable(str(error) or "no memory")
+            self._give_up(error)
             return False
         elapsed, cores = time.perf_counter() - self._begin, parallel.cores()
         return elapsed >= seconds_between(
@@ -195,25 +197,25 @@ class StepSnapshots:
             budget=budget,
         )
 
-    def take(self, prepare: Callable[[], PreparedCheckpoint], *, overlap: bool) -> None:
+    def take(self, flatten: Callable[[], FlatCheckpoint], *, overlap: bool) -> None:
         """Copy a checkpoint into a slot; model and optimizer after the return, if they ``overlap``."""
         self._begin, self._begin_cpu = time.perf_counter(), time.process_time()
         if self._stall:
             self._stalls.append(self._stall)
-        prepared, is_first = prepare(), not self._slots
+        state, is_first = flatten(), not self._slots
         try:
-            assert self._folder is not None  # noqa: S101 - it is enabled
-            slot = self._begin_slot(self._folder, prepared.layout.file_size, prepared.step)
-            pending = Snapshot(slot, origin=prepared.layout.data_offset).start_copy(
-                prepared, deferred=OVERLAPPED if overlap else (), block_buffer=self._block_buffer
-            )
-            if pending is None:
-                raise MemoryError("no memory for a copy")
+            if is_first:
+                assert self._folder is not None  # noqa: S101 - it is enabled
+                self._open(self._folder, state.step)
+            slot = self._slots[0]
+            self._slots.reverse()
+            if overlap and not is_first and arrays.are_in_host_memory([*state.arrays.values()]):
+                pending = self._copy_later(slot, state)
+            else:
+                pending = self._start_copy(slot, state, OVERLAPPED if overlap else ())
         except (OSError, MemoryError) as error:
-            self.disable(getattr(error, "strerror", None) or str(error) or "no memory")
-            self.close()
+            self._give_up(error)
             return
-        del prepared  # its arrays are freed once they are copied
 
         def write() -> None:
             pending.write(slot)
@@ -221,10 +223,44 @@ class StepSnapshots:
 
         self._pending = self._background.start(slot.path, copy=lambda: pending.copy(slot.path), write=write)
         self._pending.add_done_callback(pending.drop)
+        parallel.local.is_alone = False  # without a new thread, this one has copied
         self._stall = time.perf_counter() - self._begin
         self.total_stall += self._stall
         if is_first:  # it also allocates, which says nothing about the next
             self._stall = 0.0
+
+    def _start_copy(self, slot: _Slot, state: FlatCheckpoint, deferred: tuple[str, ...] = ()) -> PendingCopy:
+        """Lay out a state and copy into the slot all but what is deferred; raises OSError or MemoryError."""
+        prepared = state.lay_out()
+        state.arrays.clear()  # they are freed once they are copied
+        self._begin_slot(slot, prepared.layout.file_size)
+        pending = Snapshot(slot, origin=prepared.layout.data_offset).start_copy(
+            prepared, deferred=deferred, block_buffer=self._block_buffer
+        )
+        if pending is None:
+            raise MemoryError("no memory for a copy")
+        return pending
+
+    def _copy_later(self, slot: _Slot, state: FlatCheckpoint) -> PendingCopy:
+        """Copy now what may change at once; the thread that copies the other arrays lays them out, too."""
+        changing = [label for label in state.arrays if not label.startswith(OVERLAPPED)]
+        state.arrays.update((label, arrays.private_copy(state.arrays[label])) for label in changing)
+        values = [*state.arrays.values()]
+        versions, started = arrays.versions(values), list[PendingCopy]()
+
+        def copy(path: Path) -> None:
+            try:
+                parallel.local.is_alone = True
+                started.append(self._start_copy(slot, state))
+                if arrays.versions(values) != versions:
+                    raise ValueError(CHANGED)
+            except Exception as error:  # without its frames: they refer to the arrays, and it may live long
+                raise SaveFailed(str(error) or "no memory", path=path) from error.with_traceback(None)
+            finally:
+                values.clear()
+                state.arrays.clear()
+
+        return PendingCopy(copy, lambda file: started[0].write(file), lambda: None)
 
     def wait_copied(self) -> None:
         """Wait until the arrays of the last snapshot may change and, within the budget, until it is complete.
@@ -247,9 +283,10 @@ class StepSnapshots:
     def close(self) -> None:
         """Let go of the slots once no snapshot is in progress; remove them unless a step in them is newer."""
         self.wait()
+        self._background.wait()  # so that nothing refers to its error
         for slot in self._slots:
             slot.close()
-        self._slots, self._pending = [], None
+        self._slots, self._pending, self.has_any = [], None, False
         if self._folder is not None and not self._newest_above(self.durable_step):
             remove_snapshots(self._folder)
 
@@ -258,12 +295,9 @@ class StepSnapshots:
         files = read_slots(self._folder, catalog.read_header) if self._folder is not None else []
         return max((file.step for file in files if file.step > step), default=0)
 
-    def _begin_slot(self, folder: Path, size: int, step: int) -> _Slot:
-        """The slot of the older snapshot, made invalid, of that size; raises OSError or MemoryError."""
-        if not self._slots:
-            self._open(folder, step)
-        slot, other_slot = self._slots
-        self._slots.reverse()
+    def _begin_slot(self, slot: _Slot, size: int) -> None:
+        """Make the slot of the older snapshot invalid, and of that size; raises OSError or MemoryError."""
+        folder, other_slot = slot.path.parent, self._slots[0]
         if size > slot.touched_bytes:
             status = os.statvfs(folder)
             free = min(available_bytes(), status.f_bavail * status.f_frsize)
@@ -272,12 +306,11 @@ class StepSnapshots:
             if not other_slot.touched_bytes:
                 other_slot.begin(size)  # all memory at once
         slot.begin(size)
-        if self._noted_step != self.durable_step:
-            text = f"{self.durable_step}\n{_lock_of(self._directory)}\n{self._directory}\n"
+        if self._noted_step != (durable_step := self.durable_step):  # another thread may raise it
+            text = f"{durable_step}\n{_lock_of(self._directory)}\n{self._directory}\n"
             (folder / _NEW_NOTE).write_bytes(os.fsencode(text))
             (folder / _NEW_NOTE).replace(folder / _NOTE)
-            self._noted_step = self.durable_step
-        return slot
+            self._noted_step = durable_step
 
     def _open(self, folder: Path, step: int) -> None:
         with contextlib.suppress(FileExistsError):
@@ -288,9 +321,8 @@ class StepSnapshots:
             defer_warning(DistrustWarning(text))
         for name in _FILES:
             (folder / name).unlink(missing_ok=True)
-        for name in _SLOTS:
-            self._slots.append(_Slot(folder / name))
-        self._noted_step = None
+        self._slots = [_Slot(folder / name) for name in _SLOTS]
+        self._noted_step, self.has_any = None, True
 
 
 class _Slot(ReusableMemory):
@@ -309,9 +341,10 @@ class _Slot(ReusableMemory):
         if size > self._size and hasattr(os, "posix_fallocate"):  # macOS has none
             os.posix_fallocate(self._descriptor, self._size, size - self._size)
         if size > self.touched_bytes:  # the size of the mapping
-            self.touched_bytes = round_up(size + size // 4, _CAPACITY_BYTES)  # states grow with the history
-            os.ftruncate(self._descriptor, self.touched_bytes)
-            self._memory = Memory(self._descriptor, self.touched_bytes)
+            capacity = round_up(size + size // 4, _CAPACITY_BYTES)  # states grow with the history
+            os.ftruncate(self._descriptor, capacity)
+            self._memory = Memory(self._descriptor, capacity)
+            self.touched_bytes = capacity  # last: an interrupt may come before
         os.ftruncate(self._descriptor, size)  # pages that no file has use no memory
         self._size = size
 

@@ -58,7 +58,7 @@ class Writer:
             self._state.acquire()
             self._state.lock.confirm()
             make = checkpoint if callable(checkpoint) else lambda: checkpoint
-            snapshots.take(lambda: self._locked_files.prepare(make(), "periodic"), overlap=overlap)
+            snapshots.take(lambda: self._locked_files.flatten(make(), "periodic"), overlap=overlap)
         return snapshots
 
     def rescue(self) -> Path | None:

@@ -134,6 +134,13 @@ def copy_stream(flats: Sequence[Any]) -> CopyStream | None:
     return streams[0] if len(streams) == 1 else None
 
 
+def are_in_host_memory(arrays: Sequence[Any]) -> bool:
+    """Whether any thread may flatten and copy arrays, later: until then the caller must not change them."""
+    if any(cast(Adapter, _adapter_of(kind)).zero_copy for kind in {*map(type, arrays)}):
+        return False  # the thread that owns them must evaluate them
+    return all(getattr(array, "is_cpu", True) for array in arrays) and copy_stream(arrays) is None
+
+
 def page_lock(device: str) -> PageLock | None:
     """Return what page-locks memory for copies from a device of torch; raise ConfigError if there is none."""
     require_framework("torch")

@@ -44,7 +44,7 @@ def _describe(labels: Sequence[str], values: Sequence[Any]) -> list[Description]
 
 @torch.no_grad()
 def _flat_arrays(values: Sequence[Any]) -> list[Any]:
-    flats = [value.reshape(-1) for value in values]
+    flats = [value.ravel() for value in values]
     for dtype in {flat.dtype for flat in flats} & _CARRIERS.keys():
         carrier = _CARRIERS[dtype]
         flats = [
