@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from distrust import config
+from distrust import config, option_values
 from distrust.config import flag, option_docs, option_groups
 
 TARGET = Path(__file__).parent.parent / "docs" / "options.md"
@@ -45,8 +45,8 @@ def table() -> str:
 
 def _type(annotation: str) -> str:
     """The annotation, with choices spelled out."""
-    for name in re.findall(r"\w+", annotation):
-        choices = getattr(config, name, None) if name[0].isupper() else None
+    for name in re.findall(r"(?:values\.)?[A-Z]\w+", annotation):
+        choices = getattr(option_values, name.removeprefix("values."), getattr(config, name, None))
         if choices is not None and hasattr(choices, "__args__"):
             annotation = annotation.replace(name, ", ".join(choices.__args__))
     return annotation.removesuffix(" | None").replace("tuple[str, ...]", "str ...")

@@ -462,7 +462,7 @@ def test_mapping_round_trip(config):
     assert from_mapping(keys_of(config), where="here") == config
 
 
-@settings(max_examples=15)  # each has all options, and builds the parser twice
+@settings(max_examples=8)  # each has all options, and builds the parser twice
 @given(configs)
 def test_toml_file_equals_flags(config):
     def toml(value):

@@ -111,13 +111,11 @@ def scale_times(plan: Plan) -> None:
         "give_up_after": plan.give_up_after,
         "request_seconds": terms._BRIEF_SECONDS,
     }
-    original = store.S3Store
+    original, pauses = store.S3Store, {"init_backoff": 0.1, "max_backoff": 5}
 
     def open_store(bucket: str, *, retry_config: dict[str, Any], **options: Any) -> Any:
-        backoff = retry_config["backoff"]
-        for name in ("init_backoff", "max_backoff"):
-            backoff[name] = timedelta(seconds=backoff[name].total_seconds() * scale)
-        return original(bucket, retry_config=retry_config, **options)
+        backoff = {name: timedelta(seconds=seconds * scale) for name, seconds in pauses.items()}
+        return original(bucket, retry_config={**retry_config, "backoff": {**backoff, "base": 2}}, **options)
 
     store.S3Store = open_store
     vars(client)["time"] = SimpleNamespace(

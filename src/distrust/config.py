@@ -17,32 +17,10 @@ from os.path import realpath
 from pathlib import Path
 from typing import Any, Literal, get_origin, get_type_hints
 
+from distrust import option_values as values
 from distrust.checkpoint.remote.location import is_url, parse
 from distrust.checkpoint.retention import MetricMode
 from distrust.errors import ConfigError
-from distrust.option_values import (
-    BUNDLED,
-    DATE,
-    DEVICE,
-    FLOAT32,
-    MAX_RECORD_BYTES,
-    METRIC,
-    NAME,
-    PREEMPTION_NOTICE,
-    SAVE_INTERVAL,
-    Clipping,
-    Dtype,
-    EngineName,
-    OnLong,
-    OnMismatch,
-    Quantization,
-    Reduction,
-    Reporter,
-    Schedule,
-    Shard,
-    WeightingOption,
-    as_names,
-)
 from distrust.options import (
     ABOVE_ZERO,
     BELOW_ONE,
@@ -78,43 +56,43 @@ class TrainConfig:
         ConfigError: naming every invalid option, one per line.
     """
 
-    model: str = _MODEL.free(BUNDLED, NAME)
+    model: str = _MODEL.free(values.BUNDLED, values.NAME)
     """Base model: a folder, a name on the Hugging Face Hub, or "bundled" for the small model that comes with
     the package. A resume compares its weights, not its name."""
-    chat_template: str | None = _MODEL.free(None, NAME)
+    chat_template: str | None = _MODEL.free(None, values.NAME)
     """Chat template of conversations: a file, or "chatml" for the one that comes with the package. Default:
     that of the model's tokenizer. A resume compares its content, not its name."""
     max_length: int | None = _MODEL.result(None, interval(2))
     """Maximum tokens of a sequence; see `on_long`. Default: 1024, or the model's context if it is shorter."""
 
-    data: str | tuple[str, ...] | None = _DATA.free(None, NAME)
+    data: str | tuple[str, ...] | None = _DATA.free(None, values.NAME)
     """Training examples: one source or several. A source is a file (JSON Lines, JSON, CSV, TSV, Parquet), a
     folder of files, a dataset on the Hugging Face Hub, or "bundled" for the corpus that comes with the
     package. Only for the bundled model there is a default: "bundled". A resume compares the content, not the
     names."""
     mix: tuple[float, ...] | None = _DATA.result(None)
     """Shares of the sources in an epoch, one for each of `data`. Default: all examples of all sources."""
-    split: str = _DATA.free("train", NAME)
+    split: str = _DATA.free("train", values.NAME)
     """Split to train on: of a Hub dataset, or of a folder whose file names contain splits."""
-    subset: str | None = _DATA.free(None, NAME)
+    subset: str | None = _DATA.free(None, values.NAME)
     """Configuration of a Hub dataset that has several."""
-    revision: str | None = _DATA.free(None, NAME)
+    revision: str | None = _DATA.free(None, values.NAME)
     """Branch, tag or commit of a Hub dataset."""
-    text_column: str | None = _DATA.free(None, NAME)
+    text_column: str | None = _DATA.free(None, values.NAME)
     """Column of the text. Default: "text"."""
-    prompt_column: str | tuple[str, ...] | None = _DATA.free(None, NAME)
+    prompt_column: str | tuple[str, ...] | None = _DATA.free(None, values.NAME)
     """Column of the prompt. Several columns are joined, each followed by an empty line. Default: "prompt"."""
-    completion_column: str | None = _DATA.free(None, NAME)
+    completion_column: str | None = _DATA.free(None, values.NAME)
     """Column of the completion. Default: "completion"."""
-    messages_column: str | None = _DATA.free(None, NAME)
+    messages_column: str | None = _DATA.free(None, values.NAME)
     """Column of the conversation. Default: "messages", or "conversations"."""
-    authority_weight_column: str | None = _DATA.free(None, NAME)
+    authority_weight_column: str | None = _DATA.free(None, values.NAME)
     """Column of the authority weight. Default: "authority_weight", or "auth_weight"."""
-    provenance_entropy_column: str | None = _DATA.free(None, NAME)
+    provenance_entropy_column: str | None = _DATA.free(None, values.NAME)
     """Column of the provenance entropy. Default: "provenance_entropy", or "prov_entropy"."""
-    source_column: str | None = _DATA.free(None, NAME)
+    source_column: str | None = _DATA.free(None, values.NAME)
     """Column of the source class, by which losses and weights are grouped. Default: "source"."""
-    weight_column: str | None = _DATA.free(None, NAME)
+    weight_column: str | None = _DATA.free(None, values.NAME)
     """Column of an example's own weight, a factor of the loss of its tokens: 0 or more. Default: "weight"."""
     default_weight: float | None = _DATA.free(None, interval(0, 1e15, advice="give 0 to 1e15"))
     """Weight of examples without one. If not given, all examples have a weight or none has."""
@@ -124,34 +102,36 @@ class TrainConfig:
     default_provenance_entropy: float | None = _DATA.free(None, NON_NEGATIVE)
     """Provenance entropy, in bits, of examples without one. If not given, such examples are an error, unless
     weighting is off."""
-    max_record_bytes: int = _DATA.free(MAX_RECORD_BYTES, interval(1, 2**31 - 1, advice="give 1 to 2^31 - 1"))
+    max_record_bytes: int = _DATA.free(
+        values.MAX_RECORD_BYTES, interval(1, 2**31 - 1, advice="give 1 to 2^31 - 1")
+    )
     """Maximum bytes of a record: of a line, of an element of a JSON list, of the values of a table's row.
     Larger ones are an error: a small compressed file may hold records that fill the memory."""
-    on_long: OnLong = _DATA.free("truncate")
+    on_long: values.OnLong = _DATA.free("truncate")
     """What becomes of examples longer than `max_length`: "truncate" cuts them, and leaves out those whose
     prompt leaves nothing to train; "drop" leaves all of them out; "error" refuses them."""
     strict: bool = _DATA.free(False)
     """Refuse examples whose prompt leaves nothing to train, instead of leaving them out."""
-    date: str | None = _DATA.free(None, DATE)
+    date: str | None = _DATA.free(None, values.DATE)
     """Day that a chat template prints as today's, such as 2026-11-27. Default: the day on which the run
     began."""
-    cache_dir: str | None = _DATA.free(None, NAME)
+    cache_dir: str | None = _DATA.free(None, values.NAME)
     """Folder for tokenized data. Default: $DISTRUST_CACHE, or the folder distrust in the user's cache
     folder."""
 
-    out: str = _RUN.free("runs/train", NAME)
+    out: str = _RUN.free("runs/train", values.NAME)
     """Folder of the run. The same command with the same folder resumes the run."""
     from_step: int | None = _RUN.free(None, NON_NEGATIVE)
     """Step of the checkpoint of `out` to resume from. Default: the newest."""
-    from_: str | None = _RUN.free(None, NAME)
+    from_: str | None = _RUN.free(None, values.NAME)
     """Begin a new run with the weights of a run, a checkpoint, or an adapter folder of peft or mlx-lm.
     Options of model, precision, adapter, data and its weighting that are not given are the source's."""
-    branch: str | None = _RUN.free(None, NAME)
+    branch: str | None = _RUN.free(None, values.NAME)
     """Folder of a new run that begins at `from_step`. Required if that is not the newest checkpoint."""
     host: bool = _RUN.free(True)
     """Record the name of this machine in checkpoints, which `distrust show` and the report show."""
 
-    weighting: WeightingOption = _WEIGHTING.result("auto")
+    weighting: values.WeightingOption = _WEIGHTING.result("auto")
     """How provenance weighs an example: "monotone", "published" (the squared term, unchanged), or "off".
     "auto" means monotone if examples state provenance or have defaults, else off; the run records which."""
     alpha: float = _WEIGHTING.result(ALPHA, interval(*ALPHA_RANGE))
@@ -189,13 +169,13 @@ class TrainConfig:
     """Fill each row with several whole examples. Attention and positions stay within each example."""
     gradient_accumulation: int = _OPTIMIZATION.result(1, POSITIVE)
     """Micro-batches per optimizer step."""
-    learning_rate: float = _OPTIMIZATION.result(2e-4, FLOAT32)
+    learning_rate: float = _OPTIMIZATION.result(2e-4, values.FLOAT32)
     """Peak learning rate."""
     warmup_steps: int = _OPTIMIZATION.result(10, NON_NEGATIVE)
     """Linear warm-up: steps until the learning rate reaches its peak."""
     warmup_ratio: float | None = _OPTIMIZATION.result(None, interval(0, 1))
     """Warm-up as a share of the schedule's steps, 0 to 1, instead of `warmup_steps`."""
-    schedule: Schedule = _OPTIMIZATION.result("cosine")
+    schedule: values.Schedule = _OPTIMIZATION.result("cosine")
     """Learning rate after the warm-up. "wsd" (warm-up, stable, decay) is constant at first: until the decay
     begins, `max_steps` may grow, and the schedule with it."""
     decay_ratio: float = _OPTIMIZATION.result(0.1, interval(0, 1), if_changed=True)
@@ -203,7 +183,7 @@ class TrainConfig:
     schedule_steps: int | None = _OPTIMIZATION.result(None, POSITIVE)
     """Steps after which the schedule has ended; fixed when the run begins. Default: max_steps at that
     time."""
-    weight_decay: float = _OPTIMIZATION.result(0.0, FLOAT32)
+    weight_decay: float = _OPTIMIZATION.result(0.0, values.FLOAT32)
     """Weight decay of AdamW, applied to matrices."""
     adam_beta1: float = _OPTIMIZATION.result(0.9, BELOW_ONE)
     """AdamW's decay rate of the first moment."""
@@ -213,15 +193,15 @@ class TrainConfig:
     """AdamW's epsilon."""
     max_grad_norm: float = _OPTIMIZATION.result(1.0, NON_NEGATIVE)
     """Maximum gradient norm; larger gradients are scaled down to it. 0 for no clipping."""
-    clipping: Clipping = _OPTIMIZATION.result("weighted")
+    clipping: values.Clipping = _OPTIMIZATION.result("weighted")
     """How `max_grad_norm` applies to a step: "weighted" multiplies it by the mean weight of the step's
     examples, "plain" uses it unchanged."""
     seed: int = _OPTIMIZATION.result(0, interval(0, 2**63 - 1, advice="give 0 to 2^63 - 1"))
     """Seed of the data order, of the adapter's initial values and of dropout."""
 
-    eval_data: str | tuple[str, ...] | None = _EVALUATION.free(None, NAME)
+    eval_data: str | tuple[str, ...] | None = _EVALUATION.free(None, values.NAME)
     """Evaluation examples: the same kinds of source as `data`."""
-    eval_split: str | None = _EVALUATION.free(None, NAME)
+    eval_split: str | None = _EVALUATION.free(None, values.NAME)
     """Split to evaluate on: of `eval_data`, or otherwise of `data`."""
     eval_fraction: float = _EVALUATION.result(0.0, BELOW_ONE)
     """Share of each source to hold out of training, selected by the seed, and to evaluate on."""
@@ -229,14 +209,14 @@ class TrainConfig:
     """Steps between evaluations, if there is evaluation data."""
     eval_at_start: bool = _EVALUATION.free(False)
     """Also evaluate before the first step."""
-    metric: str = _EVALUATION.free("eval_loss", METRIC)
+    metric: str = _EVALUATION.free("eval_loss", values.METRIC)
     """Metric that selects the best checkpoint: any logged metric; for a source class, "eval_loss/CLASS"."""
     metric_mode: MetricMode = _EVALUATION.free("min")
     """Whether a lower or a higher value of `metric` is better."""
     early_stopping_patience: int | None = _EVALUATION.free(None, POSITIVE)
     """Stop after this many evaluations in a row without an improvement of `metric`. Default: never."""
 
-    save_every: str | int = _CHECKPOINTS.free(50, SAVE_INTERVAL)
+    save_every: str | int = _CHECKPOINTS.free(50, values.SAVE_INTERVAL)
     """Steps between checkpoints (100), or the time between them (30s, 5m, 2h), or "auto": as often as
     `save_budget` allows, and at least every 5 minutes. 0 saves only the final one."""
     save_budget: float = _CHECKPOINTS.free(1.0, interval(0.01, 50))
@@ -250,7 +230,7 @@ class TrainConfig:
     keep_every: int | None = _CHECKPOINTS.free(None, POSITIVE)
     """Keep in addition each checkpoint whose step is a multiple of this."""
 
-    mirror: str | None = _MIRROR.free(None, NAME)
+    mirror: str | None = _MIRROR.free(None, values.NAME)
     """Where each checkpoint is copied in the background: s3://BUCKET/PREFIX, gs://, az://CONTAINER/PREFIX, or
     a folder. The run resumes from whichever copy is newer. If `out` is a URL, it is the mirror."""
     mirror_keep_last: int | None = _MIRROR.free(None, POSITIVE)
@@ -267,30 +247,30 @@ class TrainConfig:
     step_snapshots: bool = _FAULTS.free(True)
     """Keep the state of the last step in shared memory: after a crash of the process, the same command on the
     same machine goes on from there. As many steps as `save_budget` allows."""
-    on_preemption: tuple[str, ...] = _FAULTS.free((), PREEMPTION_NOTICE)
+    on_preemption: tuple[str, ...] = _FAULTS.free((), values.PREEMPTION_NOTICE)
     """Save and end when the machine is about to be taken away: once "file:PATH" exists, "command:LINE"
     succeeds, or the metadata address of "aws", "gcp" or "azure" says so."""
     recheck_every: int | None = _FAULTS.free(None, POSITIVE)
     """Repeat each step whose number is a multiple of this, and compare all bits: a machine that computes
     wrongly is found. Default: never."""
-    on_mismatch: OnMismatch = _FAULTS.free("stop")
+    on_mismatch: values.OnMismatch = _FAULTS.free("stop")
     """What to do if they differ: "stop", or "rewind" to the last good state and go on."""
 
-    report_to: tuple[Reporter, ...] = _LOGGING.free(
+    report_to: tuple[values.Reporter, ...] = _LOGGING.free(
         (), Bound(lambda names: len(set(names)) == len(names), "give each once")
     )
     """Log to "tensorboard" or "wandb" (Weights & Biases), in addition to metrics.jsonl."""
     log_every: int = _LOGGING.free(10, POSITIVE)
     """Steps between log lines, if the output is not a terminal."""
 
-    engine: EngineName = _COMPUTE.bits("auto")
+    engine: values.EngineName = _COMPUTE.bits("auto")
     """Engine that trains: "torch", "mlx", or "auto" for the run's own. For a new run, "auto" selects mlx on
     Apple silicon if it is installed, or if torch is not, and torch otherwise."""
-    dtype: Dtype = _COMPUTE.result("auto")
+    dtype: values.Dtype = _COMPUTE.result("auto")
     """Precision of the frozen base model and of the computation. "auto" is that of the run; for a new one,
     bfloat16 on CUDA GPUs that have instructions for it, and with mlx on all GPUs, else float32. Trained
     parameters are always float32."""
-    device: str = _COMPUTE.bits("auto", DEVICE)
+    device: str = _COMPUTE.bits("auto", values.DEVICE)
     """Device to train on: "cpu", "cuda", one of several GPUs ("cuda:1"), or "mps". "auto" selects CUDA, else
     MPS, else the CPU. With mlx, "mps" is Apple's GPU."""
     threads: int | None = _COMPUTE.bits(None, POSITIVE)
@@ -299,7 +279,7 @@ class TrainConfig:
     """Compile the layers with torch, which takes about a minute. On CPUs it requires a C++ compiler and gains
     little. With mlx, steps on a GPU are always compiled."""
 
-    quantization: Quantization = _MEMORY.result("none")
+    quantization: values.Quantization = _MEMORY.result("none")
     """Bits of the frozen base model: "8bit", "4bit", or "none" for those of `dtype`. Requires LoRA."""
     gradient_checkpointing: bool = _MEMORY.bits(False)
     """Store fewer activations and recompute them: less memory, more time."""
@@ -313,10 +293,10 @@ class TrainConfig:
     max_device_memory: float | None = _MEMORY.free(None, ABOVE_ZERO)
     """GiB of the device, caches of the allocator included, that no step may exceed: as `max_memory`."""
 
-    reduction: Reduction = _RANKS.bits("exact", if_changed=True)
+    reduction: values.Reduction = _RANKS.bits("exact", if_changed=True)
     """How gradients of several processes (ranks) are summed: "exact" in the order of the micro-batches, so
     that the result is the same on any number of ranks; "fast" in the order of the communication library."""
-    shard: Shard = _RANKS.bits("none", if_changed=True)
+    shard: values.Shard = _RANKS.bits("none", if_changed=True)
     """What is divided among the ranks: "none"; "base", the frozen base model; or "all", weights, gradients
     and moments with --lora-rank 0."""
     rank_timeout: float = _RANKS.free(900.0, ABOVE_ZERO)
@@ -368,7 +348,7 @@ class TrainConfig:
 
     def _conflicts(self) -> Iterable[tuple[str, str]]:
         """Names of options that contradict others, and advice."""
-        shares, sources = self.mix, len(as_names(self.data or BUNDLED))
+        shares, sources = self.mix, len(values.as_names(self.data or values.BUNDLED))
         valid = shares and len(shares) == sources and all(in_range(s, 0) for s in shares) and any(shares)
         if shares is not None and not valid:
             yield "mix", "give a share, 0 or more, for each source of --data, and not only zeros"
@@ -394,16 +374,11 @@ class TrainConfig:
 
     def _misplaced_urls(self) -> Iterable[tuple[str, str]]:
         """Options with a URL that they cannot take, and advice."""
-        advice = {
-            "model": "copy the model into a folder first",
-            "chat_template": "give a local file",
-            "cache_dir": "give a local folder",
-        }
-        for name, text in advice.items():
+        for name in ("model", "chat_template", "cache_dir"):
             if is_url(getattr(self, name)):
-                yield name, f"a URL is not understood here; {text}"
+                yield name, "a URL is not understood here; copy it to this machine first"
         for name in ("data", "eval_data", "out", "branch", "from_", "mirror"):
-            for value in filter(is_url, as_names(getattr(self, name))):
+            for value in filter(is_url, values.as_names(getattr(self, name))):
                 try:
                     parse(value, flag(name))
                 except ConfigError as error:

@@ -174,7 +174,7 @@ def test_a_file_is_refused(distrust, run):
     path = run / "checkpoints" / "checkpoint-10.safetensors"
     output = distrust("prune", path, "--damaged")
     assert (output.code, output.out) == (2, "")
-    assert f"{path} is a file" in output.err
+    assert f"needs a run or a directory of checkpoints; {path} is none" in output.err
 
 
 def test_a_misspelt_directory_is_not_created(distrust, tmp_path):

@@ -154,10 +154,10 @@ def test_credentials_of_a_profile(tmp_path):
         "AWS_PROFILE": "work",
     }
     arguments = {
-        "access_key_id": "a",
-        "secret_access_key": "b",
+        "aws_access_key_id": "a",
+        "aws_secret_access_key": "b",
         "region": "eu-west-1",
-        "endpoint": "http://h",
+        "endpoint_url": "http://h",
     }
     assert credentials.options("s3", "s3://bucket", environ) == arguments
     environ |= {"AWS_REGION": "us-west-2", "AWS_ENDPOINT_URL": "http://i"}

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from distrust.checkpoint import CheckpointFile, Scan, foreign
 from distrust.cli import targets
 from distrust.cli.arguments import TARGET, attributes, parser, print_json
-from distrust.errors import CheckpointError, RemoteError, printable
+from distrust.errors import CheckpointError, RemoteError, printable, warn
 from distrust.reporting.display import number, size
 from distrust.run_record import RunRecord
 
@@ -31,7 +30,7 @@ def main(arguments: list[str]) -> int:
 
     contents = targets.scan(options.target)  # headers only
     for damaged in contents.damaged:
-        _warn(f"{damaged.path}: damaged: {damaged.reason}")
+        warn(f"{damaged.path}: damaged: {damaged.reason}")
     is_empty = not contents.all_intact and not contents.damaged  # damaged files are a listing, too
     if is_empty and (runs := _runs(options.target)):
         if options.json:
@@ -58,7 +57,7 @@ def _runs(source: targets.Target) -> dict[Path, Scan]:
         try:
             runs[targets.path_of(run)] = targets.scan(run)
         except (CheckpointError, RemoteError) as error:  # one unreadable run must not hide the others
-            _warn(str(error))
+            warn(str(error))
     return runs
 
 
@@ -94,10 +93,6 @@ def _print_runs(runs: dict[Path, Scan]) -> None:
 
 def _format_date(file: CheckpointFile) -> str:
     return (file.created or "")[:19].replace("T", " ")  # without fractions and time zone
-
-
-def _warn(message: str) -> None:
-    print(printable(f"distrust: warning: {message}"), file=sys.stderr)
 
 
 def _run_json(path: Path, contents: Scan) -> dict[str, object]:

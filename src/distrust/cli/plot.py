@@ -18,9 +18,7 @@ def main(arguments: list[str]) -> int:
     from distrust.reporting.run_reader import read_run
 
     panels.require_panels(options.panels)
-    run = options.runs[0]
-    is_one_folder = len(options.runs) == 1 and isinstance(run, Path)
-    folder = run if is_one_folder else Path()  # several runs, or a URL: the working directory
+    folder = options.runs[0] if len(options.runs) == 1 else Path()  # several runs: the working directory
     targets = options.out or [figures.default_target(folder, "plot.png")]
     suffixes = [figures.require_suffix(target) for target in targets]  # fail before the runs are read
     resolved = [os.path.realpath(str(path)) for path in options.runs]  # one run under two paths

@@ -171,17 +171,10 @@ def _require_valid(options: argparse.Namespace) -> None:
     for name in ("metric", "metric_mode"):
         if getattr(options, name) is not None and not options.keep_best:
             raise ConfigError(f"--{name.replace('_', '-')} needs --keep-best N, with N of 1 or more")
-    kind = ""
-    if isinstance(options.target, Location):
-        if options.damaged:
-            raise ConfigError(
-                f"--damaged: {options.target} is in a store; delete what `distrust verify` names"
-            )
-        kind = "a file" if targets.is_one(options.target) else ""
-    elif options.target.exists() and not catalog.is_directory(options.target):
-        kind = "a file" if options.target.is_file() else "one checkpoint"
-    if kind:
-        raise ConfigError(f"prune needs a run or a directory of checkpoints; {options.target} is {kind}")
+    if options.damaged and isinstance(options.target, Location):
+        raise ConfigError(f"--damaged: {options.target} is in a store; delete what `distrust verify` names")
+    if targets.is_one(options.target):
+        raise ConfigError(f"prune needs a run or a directory of checkpoints; {options.target} is none")
 
 
 def _has_rule(options: argparse.Namespace) -> bool:

@@ -29,8 +29,7 @@ def main(arguments: list[str]) -> int:
     from distrust.reporting.report import page
     from distrust.reporting.run_reader import read_run
 
-    folder = options.run if isinstance(options.run, Path) else Path()  # of a URL: the working directory
-    target = options.out or figures.default_target(folder, "report.html")
+    target = options.out or figures.default_target(options.run, "report.html")
     figures.require_suffix(target, (".html", ".htm"))  # fail before the run is read
     content = page(read_run(options.run)).encode()
     figures.write(target, content, follow_link=target is options.out)  # atomic: nobody sees half a page

@@ -15,10 +15,7 @@ from distrust.checkpoint.remote.location import Target as Target
 if TYPE_CHECKING:
     from distrust.checkpoint.remote.remote_run import RemoteRun
 
-
-def target(text: str) -> Target:
-    """A target on the command line, for ``add_argument(type=target)``. Raises ConfigError."""
-    return parse_target(text, "target")
+target = parse_target  #: for ``add_argument(type=target)``
 
 
 def path_of(source: Target) -> Path:
@@ -56,7 +53,7 @@ def directory(source: Target) -> Target:
         return catalog.checkpoint_directory(source)
     run = remote(source)
     run.files()  # says where they are
-    return source / run.folder.rstrip("/") if run.folder else source
+    return run.directory
 
 
 def newest(source: Target) -> CheckpointFile:

@@ -132,21 +132,20 @@ def open_source(
     if kind is None:
         raise DataError(f"{name}: {hub.missing_reason(name)}")
     if kind == "URL":
-        copies = _copies(name, split, temp_folder or cache_folder())
-        opened = (_file_part(copies[url], columns, None, max_record_bytes, digests, url) for url in copies)
-        return Source(name, tuple(opened))
-    if kind != "folder":
+        files = _copies(name, split, temp_folder or cache_folder())
+    elif kind == "folder":
+        with _readable(str(path)):
+            saved = hub.saved_split(path, split)
+        if saved is not None:
+            digest = _digest_folder(saved)
+            table = hub.load_saved(saved)
+            return Source(name, (_table_part(str(saved), table, columns, digest, max_record_bytes),))
+        files = _files(path, split)
+        require_regular(*files.values())  # nobody named a pipe
+    else:
         _require_split(name, split)
-        return Source(name, (_file_part(path, columns, temp_folder, max_record_bytes, digests),))
-    with _readable(str(path)):
-        saved = hub.saved_split(path, split)
-    if saved is not None:
-        digest = _digest_folder(saved)
-        table = hub.load_saved(saved)
-        return Source(name, (_table_part(str(saved), table, columns, digest, max_record_bytes),))
-    files = _files(path, split)
-    require_regular(*files)  # nobody named a pipe
-    parts = (_file_part(file, columns, temp_folder, max_record_bytes, digests) for file in files)
+        files = {str(path): path}
+    parts = (_file_part(*named, columns, temp_folder, max_record_bytes, digests) for named in files.items())
     return Source(name, tuple(parts))
 
 
@@ -200,14 +199,8 @@ def _copies(name: str, split: str, cache: Path) -> dict[str, Path]:
 
 
 def _file_part(
-    path: Path,
-    columns: Columns,
-    temp_folder: Path | None,
-    max_record_bytes: int,
-    digests: bool,
-    url: str | None = None,
+    name: str, path: Path, columns: Columns, temp_folder: Path | None, max_record_bytes: int, digests: bool
 ) -> Part:
-    name = url or str(path)
     with _readable(name):
         mode = path.stat().st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISFIFO(mode)):  # a device may have no end
@@ -329,12 +322,12 @@ def _digest_folder(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _files(folder: Path, split: str) -> list[Path]:
-    """The data files of a split in a folder, recognized by their names as the hub does."""
+def _files(folder: Path, split: str) -> dict[str, Path]:
+    """The data files of a split in a folder, by name, recognized by their names as the hub does."""
     with _readable(str(folder)):
         files = sorted(path.relative_to(folder) for path in _visible_files(folder) if is_data(path))
         _require_one_format(folder, [folder / path for path in files])
-    return [folder / path for path in _of_split(folder, files, split)]
+    return {str(folder / path): folder / path for path in _of_split(folder, files, split)}
 
 
 def _require_one_format(folder: Path | str, files: Iterable[Path]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from distrust.atomic import atomic_file
+from distrust.checkpoint.remote.location import Target
 from distrust.errors import ConfigError, RunNotFound, WriteFailed, warn
 from distrust.paths import refuse_links
 from distrust.reporting.display import NAME_CHARACTERS, one_line
@@ -182,9 +183,9 @@ def require_suffix(path: Path, suffixes: Sequence[str] = SUFFIXES) -> str:
     return path.suffix.lower()
 
 
-def default_target(run: Path, name: str) -> Path:
-    """The default output file: in the folder of the run. Raises WriteFailed if it is a link."""
-    target = run / name
+def default_target(run: Target, name: str) -> Path:
+    """The default output file: in a run's folder, for a URL here. Raises WriteFailed if it is a link."""
+    target = run / name if isinstance(run, Path) else Path(name)
     refuse_links(target)  # before anything slow; writing refuses it, too
     return target
 

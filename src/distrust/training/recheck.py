@@ -7,7 +7,6 @@ compared between rechecks. Memory: two states on the host.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -49,14 +48,11 @@ class HostCopy:
         sections = {"model": state.model, "optimizer": state.optimizer, "rng": state.rng}
         self._skeletons, by_label = tree.flatten(sections, is_array=arrays.is_array)
         self._descriptions, (flats, _) = arrays.describe(by_label), arrays.flat_arrays(by_label)
-        edges = [*itertools.accumulate((flat.nbytes for flat in flats.values()), initial=0)]
-        self._memory = allocate(edges[-1])
-        arrays.fill(self._memory, 0, [*flats.values()])
-        data = np.frombuffer(self._memory, np.uint8)
-        self._data = {
-            label: data[begin:end]
-            for label, (begin, end) in zip(flats, itertools.pairwise(edges), strict=True)
-        }
+        ends = np.cumsum([flat.nbytes for flat in flats.values()])
+        memory = allocate(int(ends[-1]))
+        arrays.fill(memory, 0, [*flats.values()])
+        parts = np.split(np.frombuffer(memory, np.uint8), ends)  # the last one pads the memory
+        self._data = dict(zip(flats, parts[:-1], strict=True))
         self.digests = self._digest()
 
     def load(self, engine: Engine) -> bool:
@@ -107,11 +103,7 @@ class Rechecker:
             self._frozen, self._environment = engine.frozen_checksums(), engine.environment()
 
     def run(self, step: int, batches: Sequence[MicroBatch]) -> StepEnded:
-        """Make one optimizer step, as :meth:`StepRunner.run`.
-
-        Raises:
-            WrongResult: attempts differ, and the run is to stop or no two of them agree.
-        """
+        """As :meth:`StepRunner.run`; WrongResult if the run is to stop, or no two attempts agree."""
         begin, every = time.perf_counter(), self._config.recheck_every
         if not every or step % every:
             return self.steps.run(step, batches)

@@ -6,15 +6,14 @@ store in its place, as :class:`~distrust.checkpoint.disk.Disk` does for a failin
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 import re
 import time
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from distrust.checkpoint.remote import credentials
 from distrust.checkpoint.remote.location import STORES, Location
@@ -28,7 +27,8 @@ GIVE_UP_AFTER = 30.0
 #: Seconds of one request, such as a part.
 REQUEST_SECONDS = 120.0
 
-Call = TypeVar("Call", bound=Callable[..., Any])
+
+Answer = TypeVar("Answer")
 
 
 class ObjectInfo(NamedTuple):
@@ -39,94 +39,91 @@ class ObjectInfo(NamedTuple):
     etag: str  #: changes with every write
 
 
-def _repeat(action: str) -> Callable[[Call], Call]:
-    """Repeat a call that may succeed later until the deadline; raise its errors as RemoteError."""
-
-    def decorate(method: Call) -> Call:
-        @functools.wraps(method)
-        def call(self: Client, key: str = "", *arguments: Any) -> Any:
-            url = self.location / key if key else self.location
-            if os.getpid() != self._process:  # its threads do not exist here: it would hang
-                raise RemoteError(f"{url}: opened before a fork; open it again", url=str(url))
-            end, pause = time.monotonic() + self._give_up_after, 0.2
-            while True:
-                try:
-                    return method(self, key, *arguments)
-                except (self._obstore.exceptions.BaseError, OSError) as error:
-                    explained = explain(error, url, action)
-                    if not explained.temporary or time.monotonic() + pause > end:
-                        raise explained from None
-                time.sleep(pause)
-                pause = min(2 * pause, 5.0)
-
-        return cast(Call, call)
-
-    return decorate
-
-
 class Client:
     """The calls that this package makes to a store; keys are below the client's location.
 
     All raise RemoteError. A written object appears complete, or not at all.
     """
 
-    def __init__(self, location: Location, *, give_up_after: float, request_seconds: float) -> None:
+    def __init__(self, location: Location, store: Any, give_up_after: float) -> None:
         import obstore
 
         self.location = location
         self._give_up_after = give_up_after
         self._obstore: Any = obstore
-        self._store = _open(location, give_up_after, request_seconds)
+        self._store = store
         self._process = os.getpid()
         self._prefix = f"{location.key}/" if location.key and location.scheme != "file" else ""
 
-    @_repeat("write")
     def create(self, key: str, content: bytes) -> bool:
         """Write an object that does not exist. Returns False if it does, also if an earlier try wrote it."""
-        try:
-            self._obstore.put(self._store, self._prefix + key, content, mode="create")
-        except self._obstore.exceptions.AlreadyExistsError:
-            return False
-        return True
+        put = partial(self._obstore.put, file=content, mode="create")
+        return self._request("write", key, put, self._obstore.exceptions.AlreadyExistsError) is not None
 
-    @_repeat("write")
     def put(self, key: str, content: bytes | BinaryIO) -> None:
         """Write an object, from memory or from an open file, in parts if it is large."""
-        if not isinstance(content, bytes):
-            content.seek(0)
-        parts = {"chunk_size": PART_BYTES, "max_concurrency": PARTS_IN_FLIGHT}
-        self._obstore.put(self._store, self._prefix + key, content, **parts)
 
-    @_repeat("read")
+        def put(store: Any, path: str) -> None:
+            if not isinstance(content, bytes):
+                content.seek(0)
+            self._obstore.put(store, path, content, chunk_size=PART_BYTES, max_concurrency=PARTS_IN_FLIGHT)
+
+        self._request("write", key, put)
+
     def read(self, key: str, begin: int, end: int) -> memoryview | None:
         """Bytes ``begin`` to ``end`` of an object; fewer if it is shorter, None if there is none."""
-        try:
-            return memoryview(self._obstore.get_range(self._store, self._prefix + key, start=begin, end=end))
-        except FileNotFoundError:
-            return None
-        except self._obstore.exceptions.BaseError as error:
-            if _PAST_END.search(str(error)):
-                return memoryview(b"")
-            raise
 
-    @_repeat("list")
+        def read(store: Any, path: str) -> memoryview:
+            try:
+                return memoryview(self._obstore.get_range(store, path, start=begin, end=end))
+            except self._obstore.exceptions.BaseError as error:
+                if _PAST_END.search(str(error)):
+                    return memoryview(b"")
+                raise
+
+        return self._request("read", key, read, FileNotFoundError)
+
     def list(self, prefix: str = "") -> list[ObjectInfo]:
         """All objects whose keys begin with ``prefix``, which is empty or ends with a slash."""
-        pages = self._obstore.list(self._store, self._prefix + prefix, chunk_size=1000)
-        return [self._info(each) for page in pages for each in page]
 
-    @_repeat("read")
+        def read(store: Any, path: str) -> list[ObjectInfo]:
+            pages = self._obstore.list(store, path, chunk_size=1000)
+            return [self._info(each) for page in pages for each in page]
+
+        return self._request("list", prefix, read) or []
+
     def head(self, key: str) -> ObjectInfo | None:
         """What a listing says of one object; None if there is none."""
-        with contextlib.suppress(FileNotFoundError):
-            return self._info(self._obstore.head(self._store, self._prefix + key))
-        return None
+        described = self._request("read", key, self._obstore.head, FileNotFoundError)
+        return described and self._info(described)
 
-    @_repeat("delete")
     def delete(self, key: str) -> None:
         """Remove an object, if it exists."""
-        with contextlib.suppress(FileNotFoundError):
-            self._obstore.delete(self._store, self._prefix + key)
+        self._request("delete", key, self._obstore.delete, FileNotFoundError)
+
+    def _request(
+        self,
+        action: str,
+        key: str,
+        call: Callable[[Any, str], Answer],
+        expected: type[Exception] | None = None,
+    ) -> Answer | None:
+        """The answer to a call; None for an expected error. A call that may succeed later is repeated."""
+        url = self.location / key if key else self.location
+        if os.getpid() != self._process:  # its threads do not exist here: it would hang
+            raise RemoteError(f"{url}: opened before a fork; open it again", url=str(url))
+        end, pause = time.monotonic() + self._give_up_after, 0.2
+        while True:
+            try:
+                return call(self._store, self._prefix + key)
+            except (self._obstore.exceptions.BaseError, OSError) as error:
+                if expected is not None and isinstance(error, expected):
+                    return None
+                explained = explain(error, url, action)
+                if not explained.temporary or time.monotonic() + pause > end:
+                    raise explained from None
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
 
     def _info(self, described: Any) -> ObjectInfo:
         key = str(described["path"]).removeprefix(self._prefix)
@@ -138,46 +135,30 @@ def connect(
 ) -> Client:
     """A client of a store, or of a folder, which is created. It makes no request yet.
 
-    Args:
-        location: of what its keys are below.
-        give_up_after: seconds for which a call is repeated.
-        request_seconds: of one request, such as a part of an upload, after which it has failed.
-
-    Raises:
-        MissingDependency: obstore is not installed.
-        RemoteError: no credentials are found, they are malformed, or the folder cannot be created.
+    Raises MissingDependency, or RemoteError: no usable credentials are found, or no folder can be created.
     """
     try:
-        return Client(location, give_up_after=give_up_after, request_seconds=request_seconds)
+        from obstore import exceptions, store
     except ModuleNotFoundError:
         raise MissingDependency(str(location), library="obstore", extra="remote") from None
-    except OSError as error:
-        raise explain(error, location, "write") from None
-
-
-def _open(location: Location, give_up_after: float, request_seconds: float) -> Any:
-    from obstore import exceptions, store
-
     if location.scheme == "file":
-        Path(location.key).mkdir(parents=True, exist_ok=True)
-        return store.LocalStore(location.key)
+        try:
+            Path(location.key).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise explain(error, location, "write") from None
+        return Client(location, store.LocalStore(location.key), give_up_after)
     kinds: dict[str, Any] = {"s3": store.S3Store, "gs": store.GCSStore, "az": store.AzureStore}
     options = {
         # An endpoint in the environment may be any server of the user's, also one without encryption.
         "client_options": {"allow_http": True, "timeout": timedelta(seconds=request_seconds)},
-        "retry_config": {
-            "max_retries": 8,
+        "retry_config": {  # of a part, too; a long pause would delay a beat
             "retry_timeout": timedelta(seconds=give_up_after),
-            "backoff": {
-                "init_backoff": timedelta(seconds=0.2),
-                "max_backoff": timedelta(seconds=5),
-                "base": 2,
-            },
+            "backoff": {"max_backoff": timedelta(seconds=5)},
         },
         **credentials.options(location.scheme, str(location)),
     }
     try:
-        return kinds[location.scheme](location.bucket, **options)
+        return Client(location, kinds[location.scheme](location.bucket, **options), give_up_after)
     except exceptions.BaseError as error:  # of the environment: an account that is missing, a malformed key
         reason = shorten(str(error).partition("\n")[0].partition("error: ")[2])
         raise RemoteError(f"{location}: wrong credentials: {reason}", url=str(location)) from None

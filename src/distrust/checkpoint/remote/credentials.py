@@ -34,22 +34,14 @@ _ENDPOINTS = {
     "s3": ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"),
     "az": ("AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT"),
 }
-#: Options of the client, and their names in the files of the AWS tools.
-_SETTINGS = {
-    "access_key_id": "aws_access_key_id",
-    "secret_access_key": "aws_secret_access_key",
-    "session_token": "aws_session_token",
-    "region": "region",
-    "endpoint": "endpoint_url",
-}
+#: What the files of the AWS tools state; the client takes these names, too.
+_SETTINGS = ("aws_access_key_id", "aws_secret_access_key", "aws_session_token", "region", "endpoint_url")
 
 
 def options(scheme: str, url: str, environ: Mapping[str, str] = os.environ) -> dict[str, Any]:
     """Arguments of the client's store beyond what it reads from the environment itself.
 
-    Raises:
-        ConfigError: an endpoint in the environment is no URL.
-        RemoteError: no credentials are found, with where they were looked for.
+    Raises RemoteError if no credentials are found; ConfigError if an endpoint in the environment is no URL.
     """
     for name in _ENDPOINTS.get(scheme, ()):
         if not environ.get(name, "http://").startswith(("http://", "https://")):  # the client would panic
@@ -77,15 +69,15 @@ def _aws(environ: Mapping[str, str], *, is_set: bool) -> dict[str, Any] | None:
     """Keys in the environment come first, as for the AWS tools; a profile gives what they lack."""
     profile = environ.get("AWS_PROFILE")
     settings = _profile(profile or "default", environ)
-    stated = {option: settings[name] for option, name in _SETTINGS.items() if name in settings}
+    stated = {name: settings[name] for name in _SETTINGS if name in settings}
     stated["region"] = (
         environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or settings.get("region", "us-east-1")
     )
     if any(environ.get(name) for name in _ENDPOINTS["s3"]):
-        stated.pop("endpoint", None)
+        stated.pop("endpoint_url", None)
     if is_set:
-        return {option: stated[option] for option in ("region", "endpoint") if option in stated}
-    if "access_key_id" in stated or not settings:
+        return {name: stated[name] for name in ("region", "endpoint_url") if name in stated}
+    if "aws_access_key_id" in stated or not settings:
         return stated if settings else None
     try:  # single sign-on, roles, and programs that give credentials
         import boto3

@@ -78,7 +78,7 @@ def require_path(text: str | os.PathLike[str], name: str, advice: str = "give a 
     return Path(text)
 
 
-def parse_target(text: str | os.PathLike[str] | Location, name: str) -> Target:
+def parse_target(text: str | os.PathLike[str] | Location, name: str = "target") -> Target:
     """A path, or the location of a URL, that a user gave for ``name``; raises as :func:`parse`."""
     if isinstance(text, Location):
         return text

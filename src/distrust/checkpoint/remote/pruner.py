@@ -37,14 +37,11 @@ def prune(run: RemoteRun, rules: Retention, *, dry_run: bool) -> Iterator[Checkp
 def hold_term(run: RemoteRun, *, take_over: bool = False) -> Iterator[Terms]:
     """Context manager that takes the right to write where a run's checkpoints are. What counts there stays.
 
-    Raises:
-        CheckpointDirectoryLocked: another writer is alive.
-        RemoteError: the store fails, or ignores conditions.
+    Raises as :meth:`Terms.take`.
     """
     run.files()  # says where they are
-    location = run.location / run.folder.rstrip("/") if run.folder else run.location
     path = run.location.path
-    terms = Terms(location, path, connect=connect, patience=PATIENCE_SECONDS, take_over=take_over)
+    terms = Terms(run.directory, path, connect=connect, patience=PATIENCE_SECONDS, take_over=take_over)
     try:
         terms.wait()  # only then the last writer has ended, and a base cannot displace what it still adds
         terms.take(base=max((file.step for file in run.files()), default=0))

@@ -44,17 +44,10 @@ _STALE_SECONDS = 60  # nothing locks a folder of the cache
 
 
 class RemoteRun:
-    """A run, or one checkpoint, in a store.
+    """A run, its checkpoints, or one of them, in a store. A ``client`` is one at the location of the run.
 
-    Every method raises RemoteError if the store fails, and CheckpointError as its local counterpart.
-
-    Args:
-        location: of the run, its checkpoints, or one of them.
-        client: for the requests, at the location of the run.
-
-    Raises:
-        MissingDependency: obstore is not installed.
-        RemoteError: no credentials are found.
+    Its construction raises as :func:`connect`; every method raises RemoteError if the store fails, and
+    CheckpointError as its local counterpart.
     """
 
     def __init__(self, location: Location, client: Client | None = None) -> None:
@@ -63,7 +56,7 @@ class RemoteRun:
         self.client = client or connect(
             location.parent if self.is_one else location, give_up_after=_GIVE_UP_AFTER
         )
-        self.folder = ""  #: of the checkpoints' keys, once :meth:`files` has listed them
+        self.directory = location  #: of the checkpoints, once :meth:`files` has listed them
         self.displaced: list[RemoteFile] = []  #: objects that do not count, once they are listed
 
     def files(self) -> list[RemoteFile]:
@@ -76,7 +69,7 @@ class RemoteRun:
         infos, folder = self.client.list(), ""
         if inner := [info for info in infos if info.key.startswith(_FOLDER)]:
             infos, folder = [info._replace(key=info.key.removeprefix(_FOLDER)) for info in inner], _FOLDER
-        self.folder = folder
+            self.directory = self.location / catalog.RUN_SUBDIRECTORY
         files = [file for info in infos if "/" not in info.key and (file := line.parse_key(info))]
         terms = line.parse_terms(infos)
         numbers = line.bounding_terms(files, terms)

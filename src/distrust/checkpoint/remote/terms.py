@@ -106,9 +106,14 @@ class Terms:
             if existing is None or bytes(existing) != content:  # else the answer to this request was lost
                 raise self._describe_lock(number, "has just taken")
         self.number = number
-        seconds = min(BEAT_SECONDS, self._patience / 4)
-        arguments = weakref.ref(self), self._client, number, seconds, self._stop, self.lost
-        threading.Thread(target=_beat, args=arguments, name="beat of the mirror").start()
+        arguments = weakref.ref(self), min(BEAT_SECONDS, self._patience / 4), self._stop
+        threading.Thread(target=_keep_beating, args=arguments, name="beat of the mirror").start()
+
+    def beat(self) -> None:
+        """Show that the holder lives, and learn whether another has taken over."""
+        with contextlib.suppress(RemoteError, TakenOver):  # the uploads report the former, a save the latter
+            self._client.put(term_key(self.number, "beat"), str(time.monotonic_ns()).encode())
+            self.confirm()
 
     def confirm(self) -> None:
         """Raise TakenOver if another writer has a later term; asks the store."""
@@ -211,23 +216,13 @@ def _identify_lock(directory: Path) -> str:
     return hashlib.sha256(f"{boot} {status.st_dev} {status.st_ino}".encode()).hexdigest()[:32]
 
 
-def _beat(
-    holder: weakref.ref[Terms],
-    client: Client,
-    number: int,
-    seconds: float,
-    stop: threading.Event,
-    lost: threading.Event,
-) -> None:
-    """Show that the holder lives, and learn whether another has taken over."""
+def _keep_beating(holder: weakref.ref[Terms], seconds: float, stop: threading.Event) -> None:
     due = time.monotonic()
     # A daemon could be in the client when the interpreter ends. A dropped holder must not seem alive.
-    while threading.main_thread().is_alive() and holder() is not None:
+    while threading.main_thread().is_alive() and (terms := holder()) and not terms.lost.is_set():
         if time.monotonic() >= due:
-            with contextlib.suppress(RemoteError):  # the uploads report an outage
-                client.put(term_key(number, "beat"), str(time.monotonic_ns()).encode())
-                if client.head(term_key(number + 1, "json")) is not None:
-                    lost.set()
+            terms.beat()
             due = time.monotonic() + seconds
-        if lost.is_set() or stop.wait(min(seconds, 1.0)):
+        del terms
+        if stop.wait(min(seconds, 1.0)):
             return
