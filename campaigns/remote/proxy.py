@@ -148,7 +148,8 @@ class Proxy:
         self._behaviour: Behaviour = pass_all
         self._rng = random.Random(seed)
         self._number = 0
-        self._open: weakref.WeakSet[asyncio.StreamWriter] = weakref.WeakSet()
+        self._open: weakref.WeakSet[asyncio.WriteTransport] = weakref.WeakSet()
+        self._connections: set[asyncio.Task[None]] = set()
         self._loop = asyncio.new_event_loop()
         self._changed = asyncio.Event()  # of the behaviour: releases what hangs
         self._started = threading.Event()
@@ -178,28 +179,33 @@ class Proxy:
         asyncio.set_event_loop(self._loop)
         self._loop.set_exception_handler(lambda *_: None)  # of connections that end while it ends
         server = self._loop.run_until_complete(
-            asyncio.start_server(self._serve, "127.0.0.1", limit=1 << 20, backlog=1000)
+            asyncio.start_server(self._accept, "127.0.0.1", limit=1 << 20, backlog=1000)
         )
         self.port = server.sockets[0].getsockname()[1]
         self._started.set()
         self._loop.run_forever()
-        server.close()
+        self._loop.remove_reader(server.sockets[0])  # accept no more; a closed server would leak some
         self._loop.run_until_complete(self._close_connections())
+        server.close()
         self._loop.close()
 
     async def _close_connections(self) -> None:
-        await asyncio.sleep(0)  # those that are being accepted are open then
         while tasks := asyncio.all_tasks() - {asyncio.current_task()}:
-            for task in tasks:
+            for task in self._connections:
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-        for writer in list(self._open):
-            writer.transport.abort()
+            await asyncio.wait(tasks)  # those of asyncio accept connections
+        for transport in list(self._open):
+            transport.abort()
         await asyncio.sleep(0.01)  # each is closed by a later round of the loop
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._open.add(writer.transport)  # at once: a task may be cancelled before its first line
+        task = self._loop.create_task(self._serve(reader, writer))
+        self._connections.add(task)
+        task.add_done_callback(self._connections.discard)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """One connection; it ends after the first request that is passed on, as many stores' do."""
-        self._open.add(writer)
         # A client that is killed, or that gives up, is no error here.
         with contextlib.suppress(OSError, EOFError, asyncio.LimitOverrunError, asyncio.CancelledError):
             while await self._serve_one(reader, writer):
@@ -246,7 +252,7 @@ class Proxy:
         """The answer of the store, complete."""
         self._tell("arrived", request)
         reader, writer = await asyncio.open_connection("127.0.0.1", self._target)
-        self._open.add(writer)
+        self._open.add(writer.transport)
         try:
             lines = request.head[:-4].split(b"\r\n")
             lines = [line for line in lines if not line.lower().startswith((b"connection:", b"expect:"))]
