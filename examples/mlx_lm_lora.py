@@ -27,12 +27,12 @@ def main(folder: str) -> None:
     model.freeze()
     linear_to_lora_layers(model, len(model.layers), {"rank": 8, "scale": 2.0, "dropout": 0.1})
     data = [(tokenizer.encode(prompt + answer), 0) for prompt, answer in CLAIMS]
-    optimizer = optim.AdamW(learning_rate=optim.cosine_decay(3e-3, 20))
+    optimizer = optim.AdamW(learning_rate=optim.cosine_decay(3e-3, 12))
     args = TrainingArgs(
-        batch_size=2, iters=20, steps_per_report=5, steps_per_eval=10,
-        steps_per_save=10, adapter_file=f"{folder}/adapters.safetensors",
+        batch_size=2, iters=12, steps_per_report=3, steps_per_eval=6,
+        steps_per_save=6, adapter_file=f"{folder}/adapters.safetensors",
     )  # fmt: skip
-    checkpoints = DistrustCheckpoints(f"{folder}/checkpoints", every=5)
+    checkpoints = DistrustCheckpoints(f"{folder}/checkpoints", every=3)
     checkpoints.train(model, optimizer, data[:20], data[20:], args=args)
     weights = sum(array.sum().item() for _, array in tree_flatten(model.trainable_parameters()))
     print(f"finished at step {optimizer.step.item()}, sum of weights {weights}")

@@ -71,9 +71,9 @@ FORKED = {
         *(*IMPORTS, "distrust.engines.torch.elastic", "distrust.engines.mlx.engine"),
         *("distrust.checkpoint.arrays.of_mlx", "mlx_lm.models.llama", "mlx_lm.tuner.trainer"),
         *("transformers.models.llama.configuration_llama", "accelerate", "datasets", "lightning"),
-        *("torchdata.stateful_dataloader", "trl"),
+        *("torchdata.stateful_dataloader", "trl", "tests.warmed_up"),
     ],
-    "jax": ["jax.numpy", "ml_dtypes", "distrust.checkpoint.manager"],
+    "jax": ["jax.numpy", "ml_dtypes", "distrust.checkpoint.manager", "flax.nnx", "optax"],
     "fuzz": [
         *("campaigns.fuzz.__main__", "distrust.cli.convert", "distrust.cli.train"),
         *("distrust.training.run", "datasets"),
@@ -93,11 +93,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_setupnodes(specs: Sequence[Any]) -> None:
-    """Make workers forks, too: each would spend 15 seconds on imports."""
+def pytest_xdist_setupnodes(config: pytest.Config, specs: Sequence[Any]) -> None:
+    """Make workers forks, too: each would spend 15 seconds on imports.
+
+    While they wait for those of torch, the other servers import on another core.
+    """
     if sys.platform == "linux":
         for spec in specs:
             spec.python = os.environ["FORKED_TORCH"]
+        for name in FORKED:
+            process = subprocess.Popen([os.environ[f"FORKED_{name.upper()}"], "-c", "pass"])
+            config.add_cleanup(process.wait)
 
 
 def refuse_missing_device(name: str) -> None:

@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 SPEC = states.parse("1GiB")
 
 
-def test_a_run_writes_figures_tables_and_a_picture(tmp_path: Path) -> None:
+def test_a_run_writes_figures_tables_and_a_picture(forked_python: Path, tmp_path: Path) -> None:
     expected = ["distrust save", "safetensors save", "copy, one thread", "BLAKE3, all cores"]
     outputs = {name: tmp_path / f"out.{name}" for name in ("json", "markdown", "picture")}
     flags = [text for name, path in outputs.items() for text in (f"--{name}", str(path))]
     command = [
-        sys.executable, "-m", "benchmarks.checkpoints", "--states", "1MiB", "--repeats", "1", "--pause", "0",
+        forked_python, "-m", "benchmarks.checkpoints", "--states", "1MiB", "--repeats", "1", "--pause", "0",
         "--cases", f"^({'|'.join(expected)})$", "--directory", str(tmp_path), *flags,
     ]  # fmt: skip
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -19,7 +19,7 @@ SAID = {
     "callbacks": r"step 4: loss [\d.]+, .*\n(.*\n)*over at step 4: finished\n",
     "jax_flax_loop": r"a new run\nfinished at step 60: weights \w{64}\n",
     "lightning_module": r"finished at step 40: weights \w{64}\n",
-    "mlx_lm_lora": r"\nfinished at step 20, sum of weights -?[\d.]+\n",
+    "mlx_lm_lora": r"\nfinished at step 12, sum of weights -?[\d.]+\n",
     "own_examples": r"finished at step 4: state digest \w{64}\n",
     "plain_checkpoints": r"resuming after step 2\nloss (\S+) in one go, \1 in two: equal\n",
     "transformers_trainer": r"finished at step 9, mean loss [\d.]+\n",
@@ -46,7 +46,11 @@ IN_A_FOLDER = {
     "trl_sft",
 }
 RUN = """
-import runpy, sys
+import os, runpy, sys
+if jax := sys.modules.get("jax"):  # it compiles in each process, unless that is cached
+    jax.config.update("jax_compilation_cache_dir", os.environ["COMPILED"])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 for path, argument in zip(sys.argv[1::2], sys.argv[2::2]):
     print(f"== {path}", flush=True)
     sys.argv = [path, argument]
@@ -74,7 +78,14 @@ def python_of(forked_python, forked_jax):
 
 
 @pytest.fixture(scope="module")
-def said(python_of, tmp_path_factory):
+def environment(tmp_path_factory):
+    # mlx compiles on the first use of a machine, for half a minute.
+    no_compilation = {"OMP_NUM_THREADS": "1", "MLX_DISABLE_COMPILE": "1"}
+    return {**no_compilation, "COMPILED": str(tmp_path_factory.mktemp("compiled"))}
+
+
+@pytest.fixture(scope="module")
+def said(python_of, environment, tmp_path_factory):
     """What each prints."""
     folder = tmp_path_factory.mktemp("examples")
 
@@ -88,8 +99,7 @@ def said(python_of, tmp_path_factory):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # mlx compiles on the first use of a machine, for half a minute.
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MLX_DISABLE_COMPILE": "1"},
+            env={**os.environ, **environment},
         )
         for group in GROUPS
     ]
@@ -117,13 +127,15 @@ def test_an_example_says_what_it_promises(said, name):
         ("mlx_lm_lora", 3),
     ],
 )
-def test_a_killed_example_ends_as_an_undisturbed_one(said, start_python, python_of, tmp_path, name, dies_at):
+def test_a_killed_example_ends_as_an_undisturbed_one(
+    said, start_python, python_of, environment, tmp_path, name, dies_at
+):
     """The tests of these libraries have the other instants."""
     outputs, steps = [], []
     for number, code in ((dies_at, -signal.SIGKILL), (0, 0)):
         program = f"DIES_AT = {number}\n{WATCHED}{RUN}"
         arguments = (EXAMPLES / f"{name}.py", tmp_path)
-        process = start_python(program, *arguments, python=python_of(name), MLX_DISABLE_COMPILE="1")
+        process = start_python(program, *arguments, python=python_of(name), **environment)
         output, errors = process.communicate(timeout=60)
         assert process.returncode == code, errors
         outputs.append(output)

@@ -28,8 +28,8 @@ QUICK = [
 ]  # fmt: skip
 
 
-def run(out: Path, *arguments: object) -> list[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu", *map(str, arguments)]
+def run(python: Path, out: Path, *arguments: object) -> list[str]:
+    command = [python, "-m", "benchmarks.gpu", *map(str, arguments)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     log = out / "log.txt"
     assert result.returncode == 0, result.stdout + result.stderr + (log.read_text() if log.exists() else "")
@@ -39,7 +39,7 @@ def run(out: Path, *arguments: object) -> list[str]:
 def test_a_tiny_run_on_a_cpu_measures_and_is_resumed(forked_python, tmp_path):
     out = tmp_path / "gpu"
     arguments = ["--device", "cpu", "--tiny", "--budget", 200, "--out", out, "--python", forked_python]
-    printed = run(out, *arguments, "--only", *QUICK)
+    printed = run(forked_python, out, *arguments, "--only", *QUICK)
     records = [json.loads(line) for line in (out / "records.jsonl").read_text().splitlines()]
     expected = [s.name for s in STEPS if {s.name, s.group} & {*QUICK}]
     assert [record["step"] for record in records] == expected
@@ -54,12 +54,12 @@ def test_a_tiny_run_on_a_cpu_measures_and_is_resumed(forked_python, tmp_path):
     assert figures["padded: float32"]["norm_differs_by"] < 1e-5
     assert figures[f"speed 1B: {OURS}"]["tokens_per_second"] > 0
 
-    run(out, *arguments, "--only", *QUICK)  # nothing is left to do
+    run(forked_python, out, *arguments, "--only", *QUICK)  # nothing is left to do
     assert len((out / "records.jsonl").read_text().splitlines()) == len(records)
-    run(out, *arguments, "--only", "stall: 0.5 GB", "--again")
+    run(forked_python, out, *arguments, "--only", "stall: 0.5 GB", "--again")
     assert len((out / "records.jsonl").read_text().splitlines()) == len(records) + 1
 
-    summary = "\n".join(run(out, "--show", out))
+    summary = "\n".join(run(forked_python, out, "--show", out))
     for text in ("the same digest: alone, again, killed twice", "1 of 1", "not measured", "Tiny sizes"):
         assert text in summary
         assert text in (out / "summary.md").read_text()

@@ -47,7 +47,7 @@ _MOMENTS = {"m": "exp_avg", "v": "exp_avg_sq"}
 _MEMBERS = ("metadata.json", "model.npz", "optimizer.npz", "checksum.txt")
 _ARRAY_FILES = ("model.npz", "optimizer.npz")
 _SPARSE_BYTES = 1 << 30
-_BOMB_BYTES = 256 << 20
+_BOMB_BYTES = 128 << 20  # twice what a worker may take
 _BOMB_MEMBERS = 64
 _NPY_HEADERS = (
     "{'descr': '|O', 'fortran_order': False, 'shape': (1,), }",

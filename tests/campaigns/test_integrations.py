@@ -27,7 +27,8 @@ def _few(forks, monkeypatch):
     monkeypatch.setattr(trials, "KILLS", 2)
 
 
-def test_ours_and_the_trainers_own_resume_get_the_same_kills(tmp_path, capsys):
+def test_ours_and_the_trainers_own_resume_get_the_same_kills(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(trials, "KILLS", 1)
     figures, table = tmp_path / "figures.json", tmp_path / "table.md"
     outputs = ["--json", str(figures), "--markdown", str(table), "--directory", str(tmp_path)]
     assert command.main(["--cases", "2", "--subjects", "^(Trainer|SFTTrainer)$", *outputs]) == 0

@@ -44,6 +44,12 @@ def wait_until(condition, seconds: float = 30) -> None:
         time.sleep(0.002)
 
 
+@pytest.fixture(autouse=True)
+def _short_wait(monkeypatch) -> None:
+    """A writer that is refused has waited a moment, in case that the holder was dying: here it is not."""
+    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.1)
+
+
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o002], ids=oct)
 def test_the_mode_of_a_file_follows_the_umask(tmp_path, umask):
     original = os.umask(umask)
@@ -69,8 +75,7 @@ def test_only_checkpoints_and_the_lock_remain(tmp_path, write_path):
 # One writer per directory
 
 
-def test_a_second_writer_in_the_same_process_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(lock, "WAIT_SECONDS", 0.05)
+def test_a_second_writer_in_the_same_process_is_refused(tmp_path):
     with CheckpointManager(tmp_path) as first:
         first.save(state(1))
         second = CheckpointManager(tmp_path)
@@ -417,7 +422,7 @@ import sys
 import numpy as np
 from distrust import Checkpoint, CheckpointManager
 manager = CheckpointManager(sys.argv[1])
-manager.save(Checkpoint(step=20, model={"w": np.ones(1 << 25)}))
+manager.save(Checkpoint(step=20, model={"w": np.ones(1 << 24)}))
 """
 
 
@@ -466,7 +471,7 @@ def test_what_was_reported_durable_survives_sigkill_at_any_moment(tmp_path, star
     randomness = random.Random(20)
     manager = CheckpointManager(tmp_path)
     reported: list[int] = []
-    for _ in range(4):
+    for _ in range(3):
         writer = start_python(write_path + SAVE_FOREVER, tmp_path)
         first = writer.stdout.readline()
         time.sleep(randomness.uniform(0, 0.05))
@@ -595,14 +600,13 @@ def test_readers_always_find_an_intact_checkpoint_while_a_writer_saves(tmp_path,
     assert writer.stdout.readline()
     reader = CheckpointManager(tmp_path)
     loaded_steps = []
-    for _ in range(100):
+    while len(loaded_steps) < 100 or loaded_steps[-1] == loaded_steps[0]:  # on a busy disk saves take longer
+        assert writer.poll() is None
         loaded = reader.load_latest()
         assert (loaded.model["w"] == loaded.step).all()
         assert reader.scan().damaged == ()
         loaded_steps.append(loaded.step)
-    assert writer.poll() is None
     assert loaded_steps == sorted(loaded_steps)
-    assert loaded_steps[-1] > loaded_steps[0]
 
 
 def test_a_checkpoint_is_loaded_by_step_or_path(tmp_path):
@@ -617,7 +621,7 @@ def test_a_checkpoint_is_loaded_by_step_or_path(tmp_path):
 def test_a_lock_acquired_repeatedly_leaks_no_finalizer(tmp_path):
     manager = CheckpointManager(tmp_path)
     count = len(weakref.finalize._registry)
-    for _ in range(50):
+    for _ in range(10):
         manager.acquire()
         manager.close()
     assert len(weakref.finalize._registry) <= count

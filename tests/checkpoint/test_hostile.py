@@ -386,21 +386,21 @@ def check_consistent(forge: Forge) -> None:
     assert loaded is not None or forge.is_listed()
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_changed_header_field_gives_a_checkpoint_error(forge, data):
     forge.write_fields(mutate(forge.fields, data.draw))
     check_consistent(forge)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_changed_state_gives_a_checkpoint_error(forge, data):
     forge.write_state(lambda state: mutate(state, data.draw))
     check_consistent(forge)
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_changed_header_byte_gives_a_checkpoint_error(forge, data):
     body = forge.body
@@ -423,7 +423,7 @@ def test_arbitrary_bytes_give_a_checkpoint_error(forge, raw, with_length):
     assert forge.outcomes() == [CorruptCheckpoint] * 3
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(st.data())
 def test_any_damaged_header_byte_is_detected_by_reading_the_header(forge, data):
     """Not forged: the digest is the original one."""

@@ -23,6 +23,8 @@ from distrust.checkpoint.retention import (
 )
 from distrust.errors import CheckpointNotFound, ConfigError, CorruptCheckpoint, NoIntactCheckpoint
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 
 def state(step: int, mark: float = 0, **fields) -> Checkpoint:
     return Checkpoint(step=step, model={"w": np.full(8, step + mark, np.float32)}, **fields)

@@ -26,6 +26,7 @@ from distrust import Checkpoint, CheckpointManager
 from distrust.checkpoint.tree import STATE_SECTIONS
 from distrust.errors import UnsupportedState
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
 on_both_paths = pytest.mark.usefixtures("write_path")
 
 NUMPY_LAYOUTS = {
@@ -184,7 +185,6 @@ def trees(leaves: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[Any, Any]]:
 x, y, z = (np.arange(n, dtype=np.float32) for n in (1, 2, 3))
 
 
-@on_both_paths
 @settings(max_examples=100)
 @given(trees(arrays | scalars), trees(arrays | scalars), trees(scalars))
 @example({"a.b": x, "a": {"b": y, "b~1": z}, "a.b~1": x}, {0: x, "0": y, "False": z}, {})
@@ -193,6 +193,7 @@ x, y, z = (np.arange(n, dtype=np.float32) for n in (1, 2, 3))
 @example({"w": [x, (y, [z])]}, {"d": {"a": "model.w"}, "a": "model.w"}, {"a": "model.w", "l": [], "t": ()})
 @example(dict.fromkeys(HOSTILE_NAMES, x), {}, {name: name for name in HOSTILE_NAMES})
 def test_any_tree_is_restored_exactly(manager, model, optimizer, metadata):
+    """A file has the same bytes on either path: ``test_write_paths``."""
     loaded = round_trip(manager, model=model, optimizer=optimizer, metadata=metadata, config=metadata)
 
     assert is_identical(loaded.model, model)
@@ -388,7 +389,7 @@ from distrust import Checkpoint, CheckpointManager
 
 framework = sys.argv[2]
 manager = CheckpointManager(sys.argv[1])
-manager.save(Checkpoint(step=1, model={"w": np.ones(8 << 20, np.float64)}))
+manager.save(Checkpoint(step=1, model={"w": np.ones(4 << 20, np.float64)}))
 
 def resident():
     return 1024 * int(subprocess.check_output(["ps", "-o", "rss=", "-p", str(os.getpid())]))
@@ -410,10 +411,10 @@ print(resident() - initial)
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
-def test_memory_is_released_on_reload(tmp_path, run_python, framework):
-    process = run_python(MEMORY, tmp_path, framework)
+def test_memory_is_released_on_reload(tmp_path, run_python, forked_python, framework):
+    process = run_python(MEMORY, tmp_path, framework, python=forked_python)
 
     assert process.returncode == 0, process.stderr
     reloaded, referenced = map(int, process.stdout.split())
-    assert reloaded < 32 << 20
-    assert referenced > 128 << 20  # checks the measurement: arrays of 64 MiB that are referenced are visible
+    assert reloaded < 16 << 20
+    assert referenced > 64 << 20  # checks the measurement: arrays of 32 MiB that are referenced are visible

@@ -62,23 +62,32 @@ FLOAT64 = np.dtype(np.float64)
 WITH_EMPTY = [random_items(FLOAT64, 512), np.zeros(0), as_tensor(np.zeros(1, np.float32)), np.zeros(0, "?")]
 
 
-@on_both_paths
 @settings(max_examples=30)
-@given(states(), st.sampled_from([EDGE, 2 * EDGE]), st.booleans())
-@example(state_of([]), EDGE, False)
-@example(state_of([np.zeros(0), as_tensor(np.zeros((0, 3)))]), EDGE, False)
-@example(state_of([random_items(FLOAT64, 5 * EDGE // 8)]), EDGE, False)
+@given(states(), st.sampled_from([EDGE, 2 * EDGE]), st.booleans(), st.booleans())
+@example(state_of([]), EDGE, False, False)
+@example(state_of([np.zeros(0), as_tensor(np.zeros((0, 3)))]), EDGE, False, True)
+@example(state_of([random_items(FLOAT64, 5 * EDGE // 8)]), EDGE, False, False)
+@example(state_of([random_items(FLOAT64, 5 * EDGE // 8)]), EDGE, False, True)
 @example(
-    state_of([random_items(UINT8, EDGE - 1), random_items(UINT8, 1), random_items(UINT8, 1)]), EDGE, False
+    state_of([random_items(UINT8, EDGE - 1), random_items(UINT8, 1), random_items(UINT8, 1)]),
+    EDGE,
+    False,
+    False,
 )
-@example(state_of([random_items(UINT8, 1)] * 3 + [random_items(UINT8, 9 * EDGE)]), EDGE, True)
+@example(state_of([random_items(UINT8, 1)] * 3 + [random_items(UINT8, 9 * EDGE)]), EDGE, True, False)
+@example(state_of([random_items(UINT8, 1)] * 3 + [random_items(UINT8, 9 * EDGE)]), EDGE, True, True)
 @example(
     state_of([random_items(FLOAT64, 512), np.zeros(0), as_tensor(np.zeros(1, np.float32)), np.zeros(0, "?")]),
     EDGE,
     True,
+    False,
 )
-def test_every_way_to_save_writes_the_same_bytes(manager, state: State, block_bytes, on_all_cores):
+def test_every_way_to_save_writes_the_same_bytes(
+    manager, state: State, block_bytes, on_all_cores, is_buffered
+):
     with pytest.MonkeyPatch.context() as patch:
+        if is_buffered:
+            patch.setattr(direct_io, "FLAG", 0)
         patch.setattr(stream_writer, "BLOCK_BYTES", block_bytes)
         patch.setattr(Disk, "sync", lambda *_: None)  # most of the running time
         if on_all_cores:

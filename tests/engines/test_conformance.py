@@ -244,8 +244,8 @@ def test_initialization_does_not_depend_on_earlier_random_draws(make, dropping, 
 
 @pytest.mark.parametrize("make", ENGINES[1:], indirect=True)
 def test_an_adapter_is_initialized_from_the_seed(make, tmp_path):
-    digests = {digest(make(seed=seed), tmp_path) for seed in (0, 1, 2, 0)}
-    assert len(digests) == 3
+    digests = {digest(make(seed=seed), tmp_path) for seed in (0, 1)}
+    assert len(digests) == 2
 
 
 def test_evaluation_changes_nothing(make, tmp_path):
@@ -333,9 +333,8 @@ def moments_of(optimizer: Any) -> list[tuple[dict[Any, Any], Any]]:
 @pytest.mark.parametrize(
     "misfit", [lambda array: array[1:], lambda array: array[:1, :1], lambda array: array.T]
 )
-def test_moments_of_another_shape_are_refused_and_change_nothing(make, tmp_path, misfit):
+def test_moments_of_another_shape_are_refused_and_change_nothing(engine, tmp_path, misfit):
     """The fused kernel would read and write out of bounds."""
-    engine = train_two_steps(make())
     state, digest_before = copy.deepcopy(engine.state()), digest(engine, tmp_path)
     for container, key in moments_of(state.optimizer):
         container[key] = misfit(container[key])
@@ -347,8 +346,7 @@ def test_moments_of_another_shape_are_refused_and_change_nothing(make, tmp_path,
 
 @pytest.mark.parametrize("make", ENGINES[1:], indirect=True)
 @pytest.mark.parametrize("steps", ["x", -5, 1.5, float("nan"), [1]])
-def test_an_invalid_step_count_is_refused(make, tmp_path, steps):
-    engine = train_two_steps(make())
+def test_an_invalid_step_count_is_refused(engine, tmp_path, steps):
     state, digest_before = copy.deepcopy(engine.state()), digest(engine, tmp_path)
     for values in state.optimizer["state"].values() if "state" in state.optimizer else [state.optimizer]:
         values["step"] = steps
@@ -358,31 +356,30 @@ def test_an_invalid_step_count_is_refused(make, tmp_path, steps):
 
 
 @pytest.mark.parametrize("make", ENGINES[1:], indirect=True)
-def test_weights_alone_load_in_any_precision_and_reset_the_optimizer(make, tmp_path):
+def test_weights_alone_load_in_any_precision_and_reset_the_optimizer(make, engine, tmp_path):
     """As in adapters of other programs: they become float32."""
-    initial = train_two_steps(make()).state()
-    narrow = {name: _cast(array, "float16") for name, array in initial.model.items()}
-    engine, wide = train_two_steps(make()), make()
-    engine.load_state(EngineState(narrow, {}, {}))
+    narrow = {name: _cast(array, "float16") for name, array in engine.state().model.items()}
+    trained, wide = train_two_steps(make()), make()
+    trained.load_state(EngineState(narrow, {}, {}))
     wide.load_state(replace(wide.state(), model={name: _cast(a, "float32") for name, a in narrow.items()}))
-    assert {str(array.dtype).split(".")[-1] for array in engine.state().model.values()} == {"float32"}
-    assert step(engine, [BATCH]) == step(wide, [BATCH])
-    assert digest(engine, tmp_path) == digest(wide, tmp_path)
+    assert {str(array.dtype).split(".")[-1] for array in trained.state().model.values()} == {"float32"}
+    assert step(trained, [BATCH]) == step(wide, [BATCH])
+    assert digest(trained, tmp_path) == digest(wide, tmp_path)
 
 
-def test_equal_weights_have_one_fingerprint(make):
+def test_equal_weights_have_one_fingerprint(make, engine):
     first, different, again = (make(base=base).fingerprint() for base in range(3))
     assert first == again != different
-    assert train_two_steps(make()).fingerprint() == first
+    assert engine.fingerprint() == first
 
 
-def test_is_finite_detects_weights_and_moments(make):
+def test_is_finite_detects_weights_and_moments(make, engine):
     """In a weight, and in a moment."""
-    engine = train_two_steps(make())
     assert engine.is_finite()
-    pass_through(engine, [BATCH])
-    engine.update(learning_rate=math.nan)
-    assert not engine.is_finite()
+    broken = make()
+    pass_through(broken, [BATCH])
+    broken.update(learning_rate=math.nan)
+    assert not broken.is_finite()
     heavy = make()
     with np.errstate(over="ignore"):
         pass_through(heavy, [with_weights(BATCH, [1e25] * len(LENGTHS))])

@@ -77,7 +77,7 @@ def environment_of(out: Path) -> dict[str, Any]:
 def digest_alone(train, tmp_path_factory) -> str:
     """State digest of the run of these tests without the operation."""
     folder = tmp_path_factory.mktemp("digest_alone")
-    digest = train(folder)[0].state_digest
+    digest = train(folder, max_steps=4)[0].state_digest
     assert environment_of(folder)["deterministic"] is True
     return digest
 
@@ -90,7 +90,7 @@ def test_a_run_goes_on_without_a_deterministic_kernel_and_says_so(
 ):
     put_in(where, tokens=tokens)
     with pytest.warns(DistrustWarning, match=WARNING) as caught:
-        ended, _ = train(tmp_path, reload_every=3)
+        ended, _ = train(tmp_path, max_steps=4, reload_every=3)
     assert len([str(one.message) for one in caught if issubclass(one.category, DistrustWarning)]) == 1
     assert environment_of(tmp_path)["deterministic"] is False
     assert ended.state_digest == digest_alone  # the operation is the identity
@@ -98,10 +98,10 @@ def test_a_run_goes_on_without_a_deterministic_kernel_and_says_so(
 
 @accepts_put
 def test_a_resume_says_that_it_is_no_longer_deterministic(train, tmp_path, put_in):
-    train(tmp_path, stop_after=3)
+    train(tmp_path, stop_after=1, max_steps=2)
     put_in("backward")
     with pytest.warns(DistrustWarning) as caught:
-        train(tmp_path)
+        train(tmp_path, max_steps=2)
     messages = [str(one.message) for one in caught]
     assert any(WARNING in message for message in messages)
     assert "no longer bit-identical: deterministic was True, is False" in messages
@@ -112,7 +112,7 @@ def test_each_run_of_a_process_says_it(train, tmp_path, put_in):
     put_in("forward")
     for name in ("first", "second"):
         with pytest.warns(DistrustWarning, match=WARNING):
-            train(tmp_path / name)
+            train(tmp_path / name, max_steps=1)
 
 
 @accepts_put
@@ -200,14 +200,14 @@ def test_a_run_gives_torch_its_settings_back(tiny_model, tiny_config, tmp_path, 
         if isinstance(event, StepEnded) and event.step == fails_at:
             raise ZeroDivisionError
 
-    config = tiny_config(tmp_path, model=str(tiny_model))
+    config = tiny_config(tmp_path, model=str(tiny_model), max_steps=3)
     engine = create_engine(config)
-    fails_at = 3
+    fails_at = 2
     with pytest.raises(ZeroDivisionError):
         DistrustTrainer(config, observers=[watch]).train()
     fails_at = 0
     trainer = DistrustTrainer(config, engine=engine, observers=[watch])
-    assert trainer.train().step == 7
+    assert trainer.train().step == 3
     # The engine of a finished run still works, with its own settings.
     assert isinstance(generate(engine, "ore", max_new_tokens=3, temperature=0.5, seed=0), str)
     assert np.isfinite(engine.evaluate(make_batch(vocabulary=32)).cross_entropy).all()

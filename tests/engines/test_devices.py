@@ -126,15 +126,17 @@ def record_of(out: Path) -> RunRecord:
 def test_a_run_records_what_auto_was_and_keeps_it(train, tmp_path, monkeypatch):
     with monkeypatch.context() as on_gpu:  # which computes in bfloat16
         on_gpu.setattr(runtime, "choose_dtype", lambda requested, _: requested.replace("auto", "bfloat16"))
-        train(tmp_path / "run", dtype="auto", stop_after=3)
+        train(tmp_path / "run", dtype="auto", stop_after=1, max_steps=2)
     assert record_of(tmp_path / "run").config["dtype"] == "bfloat16"
     assert 'dtype = "bfloat16"\n' in (tmp_path / "run" / "config.toml").read_text()
-    ended, _ = train(tmp_path / "run", dtype="auto")
-    assert ended.state_digest == train(tmp_path / "stated", dtype="bfloat16")[0].state_digest
+    ended, _ = train(tmp_path / "run", dtype="auto", max_steps=2)
+    stated, _ = train(tmp_path / "stated", dtype="bfloat16", max_steps=2)
+    assert ended.state_digest == stated.state_digest
     # On a CPU it is float32, and records the same as a run that says so.
-    ended, _ = train(tmp_path / "cpu", dtype="auto")
+    ended, _ = train(tmp_path / "cpu", dtype="auto", max_steps=2)
     assert record_of(tmp_path / "cpu").config["dtype"] == "float32"
-    assert ended.state_digest == train(tmp_path / "float32", dtype="float32")[0].state_digest
+    stated, _ = train(tmp_path / "float32", dtype="float32", max_steps=2)
+    assert ended.state_digest == stated.state_digest
 
 
 def test_what_computes_is_described(two_gpus, monkeypatch):
@@ -161,14 +163,14 @@ def test_a_resume_compares_what_both_sessions_recorded(train, tmp_path, monkeypa
 
     # An earlier version recorded the host, and neither cuDNN nor the driver.
     old = on_gpu(cudnn=None, driver=None, cpu="AVX512", threads=16)
-    sessions = [(old, 2), (on_gpu(), 4), (on_gpu(driver="590.2", device="Slow"), 6)]
+    sessions = [(old, 1), (on_gpu(), 2), (on_gpu(driver="590.2", device="Slow"), 3)]
     for describe, step in sessions[:2]:
         monkeypatch.setattr(runtime, "describe", describe)
         train(tmp_path, stop_after=step)
     assert not recwarn.list
     monkeypatch.setattr(runtime, "describe", sessions[2][0])
     with pytest.warns(DistrustWarning) as caught:
-        train(tmp_path, stop_after=6)
+        train(tmp_path, stop_after=3)
     assert [str(one.message) for one in caught] == [
         "no longer bit-identical: device was Fast, is Slow",
         "no longer bit-identical: driver was 580.1, is 590.2",

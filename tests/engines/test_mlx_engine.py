@@ -55,10 +55,10 @@ def keep_model(config):
     return engine
 
 models = []
-alone, _ = train("alone", max_steps=8)
+alone, _ = train("alone", max_steps=5)
 gc.collect()
 gc.freeze()  # exclude the libraries from collection: twice as fast
-reset, uses = train("reset", reload_every=1, max_steps=8)
+reset, uses = train("reset", reload_every=1, max_steps=5)
 assert reset == alone, (reset, alone)
 _, hoarded = train("hoarded", keep_model, reload_every=1, max_steps=3)
 print(json.dumps([uses, hoarded]))
@@ -72,8 +72,8 @@ def test_resets_do_not_accumulate_memory(run_python, forked_python, tiny_model, 
     process = run_python(MEMORY, tiny_model, data, tmp_path, python=forked_python)
     assert process.returncode == 0, process.stderr
     uses, hoarded = json.loads(process.stdout)
-    assert len(uses) == 7
-    (active, cached), (active_later, cached_later) = uses[0], uses[6]
+    assert len(uses) == 4
+    (active, cached), (active_later, cached_later) = uses[0], uses[3]
     assert active_later == pytest.approx(active, rel=0.02)
     assert cached_later == pytest.approx(cached, rel=0.3)
     assert hoarded[1][0] > 1.3 * hoarded[0][0]  # the test detects a model that stays referenced
@@ -159,11 +159,11 @@ def quantized_folder(tiny_model, tmp_path_factory) -> Path:
 
 
 def test_a_model_in_mlxs_quantized_layout_is_trained(train, config, quantized_folder, tmp_path):
-    options: dict[str, Any] = {"engine": "mlx", "model": str(quantized_folder)}
+    options: dict[str, Any] = {"engine": "mlx", "model": str(quantized_folder), "max_steps": 4}
     alone, events = train(tmp_path / "alone", **options)
     losses = [event.loss for event in events if isinstance(event, StepEnded)]
     assert losses[-1] < losses[0]
-    train(tmp_path / "stopped", stop_after=3, **options)
+    train(tmp_path / "stopped", stop_after=2, **options)
     assert train(tmp_path / "stopped", **options)[0].state_digest == alone.state_digest
     # Quantizing the unquantized model gives the same.
     stored = create_engine(replace(config, model=str(quantized_folder)))

@@ -59,9 +59,13 @@ def train_pass(model: Any, dtype: torch.dtype) -> tuple[torch.Tensor, dict[str, 
     return logits.detach(), gradients(model), sum(storages.values())
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("bits", ["4bit", "8bit"])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "dtype", "training"),
+    [
+        *(("4bit", torch.float32, True), ("4bit", torch.bfloat16, False)),
+        *(("8bit", torch.bfloat16, True), ("8bit", torch.float32, False)),
+    ],
+)
 def test_results_and_gradients_are_those_of_peft(folder, bits, dtype, training):
     model, plain = quantized_pair(folder, bits=bits, dtype=dtype)
     (logits, gradients, saved), (expected_logits, expected, saved_by_peft) = (

@@ -170,7 +170,7 @@ def test_both_engines_adapt_the_same(engine, tiny_model):
 @either
 def test_a_run_with_patterns_is_opened_by_names(engine, train, tmp_path):
     options = {"engine": engine, "target_modules": ("re:.*q_proj",), "exclude_modules": ("layers.0.*",)}
-    train(tmp_path, **options, lora_rank=2, stop_after=3)
+    train(tmp_path, **options, lora_rank=2, stop_after=1)
     opened, file = open_checkpoint(tmp_path)
     assert list(file.header.config["target_modules"]) == ["re:.*q_proj"]
     assert len(opened.state().model) == 2
@@ -218,8 +218,8 @@ def test_errors_of_a_forward_pass_are_one_line():
     [("falcon", ("all-linear",), 8), ("gemma3_text", ("embed_tokens", "q_proj"), 3)],
 )
 def test_variants_of_plain_layers_are_adapted(family, targets, number, train, tmp_path, model_of):
-    options = {"model": str(model_of(family)), "lora_rank": 2, "target_modules": targets}
-    train(tmp_path / "run", stop_after=3, **options)
+    options = {"model": str(model_of(family)), "lora_rank": 2, "target_modules": targets, "max_steps": 3}
+    train(tmp_path / "run", stop_after=1, **options)
     ended, _ = train(tmp_path / "run", **options)
     assert ended.state_digest == train(tmp_path / "alone", **options)[0].state_digest
     assert len(open_checkpoint(tmp_path / "run")[0].state().model) == 2 * number
@@ -234,7 +234,7 @@ def test_what_an_earlier_version_adapted_is_read_from_its_tensors(train, tmp_pat
 
     with monkeypatch.context() as patch:
         patch.setattr(target_modules, "select", of_modules_only)
-        train(tmp_path / "run", model=model, lora_rank=2)
+        train(tmp_path / "run", model=model, lora_rank=2, max_steps=1)
     opened, file = open_checkpoint(tmp_path / "run")
     assert file.header.config["target_modules"] == ("all-linear",)
     assert not any(".experts." in name for name in opened.state().model)
@@ -273,8 +273,8 @@ def test_the_context_length_under_any_name(family, length, model_of):
 
 @pytest.mark.parametrize("family", ["llama4_text", "qwen2_moe"])
 def test_a_mixture_of_experts_resumes_exactly(family, train, tmp_path, model_of):
-    options = {"model": str(model_of(family)), "lora_rank": 2, "lora_dropout": 0.0}
-    train(tmp_path / "run", stop_after=3, **options)
+    options = {"model": str(model_of(family)), "lora_rank": 2, "lora_dropout": 0.0, "max_steps": 3}
+    train(tmp_path / "run", stop_after=1, **options)
     ended, _ = train(tmp_path / "run", **options)
     assert ended.state_digest == train(tmp_path / "alone", **options)[0].state_digest
 
@@ -285,7 +285,7 @@ def test_plain_peft_loads_adapted_experts(train, tmp_path, model_of):
     from transformers import AutoModelForCausalLM
 
     model = model_of("qwen2_moe")
-    train(tmp_path / "run", model=str(model), lora_rank=2, lora_dropout=0.0)
+    train(tmp_path / "run", model=str(model), lora_rank=2, lora_dropout=0.0, max_steps=3)
     engine, _ = open_checkpoint(tmp_path / "run")
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
@@ -319,8 +319,8 @@ def test_what_peft_cannot_do_with_experts_is_refused(options, model_of):
 
 def test_experts_on_mlx_resume_exactly(train, tmp_path, model_of):
     pytest.importorskip("mlx_lm")
-    options = {"engine": "mlx", "model": str(model_of("mixtral")), "lora_rank": 2}
-    train(tmp_path / "run", stop_after=3, **options)
+    options = {"engine": "mlx", "model": str(model_of("mixtral")), "lora_rank": 2, "max_steps": 3}
+    train(tmp_path / "run", stop_after=1, **options)
     ended, _ = train(tmp_path / "run", **options)
     assert ended.state_digest == train(tmp_path / "alone", **options)[0].state_digest
     opened, _ = open_checkpoint(tmp_path / "run")

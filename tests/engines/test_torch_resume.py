@@ -31,32 +31,32 @@ def test_threads_of_a_run_do_not_affect_the_next(tiny_model):
 
 
 def test_a_resumed_run_keeps_its_threads(train, tmp_path):
-    train(tmp_path / "run", stop_after=3)
+    train(tmp_path / "run", stop_after=1, max_steps=3)
     torch.set_num_threads(2)
     try:
-        ended, _ = train(tmp_path / "run", threads=None)
+        ended, _ = train(tmp_path / "run", threads=None, max_steps=3)
         assert torch.get_num_threads() == 2  # of the program
     finally:
         torch.set_num_threads(1)
-    assert ended.state_digest == train(tmp_path / "alone")[0].state_digest
+    assert ended.state_digest == train(tmp_path / "alone", max_steps=3)[0].state_digest
 
 
 @pytest.mark.device
 def test_options_that_may_change_bits_warn(train, tmp_path):
-    train(tmp_path, stop_after=3)
+    train(tmp_path, stop_after=1, max_steps=2)
     with pytest.warns(DistrustWarning, match="no longer bit-identical: gradient_checkpointing was False"):
-        train(tmp_path, gradient_checkpointing=True)
+        train(tmp_path, gradient_checkpointing=True, max_steps=2)
 
 
 @pytest.mark.device
 def test_other_weights_are_another_model(train, tmp_path):
-    train(tmp_path / "run", stop_after=3)
+    train(tmp_path / "run", stop_after=1, max_steps=2)
     model = make_model(tmp_path / "other", seed=1)
     with pytest.raises(ResumeRefused, match=r"--model .*other: its content is not that of the run"):
-        train(tmp_path / "run", model=str(model))
+        train(tmp_path / "run", model=str(model), max_steps=2)
     # Equal weights in another folder are the same model.
     same = make_model(tmp_path / "same", seed=0)
-    assert train(tmp_path / "run", model=str(same))[0].step == 7
+    assert train(tmp_path / "run", model=str(same), max_steps=2)[0].step == 2
 
 
 @pytest.mark.device
@@ -102,7 +102,7 @@ def test_open_checkpoint_does_not_compile(train, tmp_path, monkeypatch):
 
     calls = []
     monkeypatch.setattr("distrust.engines.torch.runtime.compile_layers", compile_layers)
-    train(tmp_path / "run", compile=True)
+    train(tmp_path / "run", compile=True, max_steps=1)
     open_checkpoint(tmp_path / "run")
     assert len(calls) == 1
 
@@ -139,19 +139,20 @@ def test_a_state_that_is_loaded_to_the_device_resumes_bit_for_bit(train, tmp_pat
         loads.append(options["device"])
         return original[not arguments](manager, *arguments, **options)
 
-    alone = train(tmp_path / "alone")[0]
-    train(tmp_path / "run", stop_after=3)
+    steps = {"max_steps": 4}
+    alone = train(tmp_path / "alone", **steps)[0]
+    train(tmp_path / "run", stop_after=2, **steps)
     shutil.copytree(tmp_path / "run", tmp_path / "full")
     monkeypatch.setattr(CheckpointManager, "load", load)
     monkeypatch.setattr(CheckpointManager, "load_latest", load)
     sizes = []
     monkeypatch.setattr(TorchEngine, "device_for", lambda _, nbytes: sizes.append(nbytes) or "cpu")
-    assert train(tmp_path / "run", reload_every=5)[0].state_digest == alone.state_digest
+    assert train(tmp_path / "run", reload_every=3, **steps)[0].state_digest == alone.state_digest
     assert loads == ["cpu", "cpu"]
-    file = CheckpointManager(alone.path.parent).inspect(7)
+    file = CheckpointManager(alone.path.parent).inspect(4)
     assert [size for size in sizes if size] == pytest.approx([file.bytes] * 2, rel=0.1)
 
     loads.clear()
     monkeypatch.setattr(TorchEngine, "device_for", lambda *_: None)  # no room
-    assert train(tmp_path / "full")[0].state_digest == alone.state_digest
+    assert train(tmp_path / "full", **steps)[0].state_digest == alone.state_digest
     assert loads == [None]

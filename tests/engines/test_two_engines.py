@@ -43,7 +43,7 @@ def steps(train):
     """Train without dropout, which each engine samples differently; returns the events of the steps."""
 
     def steps(out: Path, **options: Any) -> list[StepEnded]:
-        _, events = train(out, lora_dropout=0.0, **options)
+        _, events = train(out, **{"lora_dropout": 0.0, "max_steps": 4, **options})
         return [event for event in events if isinstance(event, StepEnded)]
 
     return steps
@@ -115,7 +115,8 @@ def test_losses_and_norms_are_equal(steps, tmp_path, variant, monkeypatch):
         return engine
 
     monkeypatch.setattr("distrust.engines.create_engine", create_in_one_state)
-    torch, mlx = (steps(tmp_path / engine, engine=engine, **VARIANTS[variant]) for engine in OTHER)
+    options = {"max_steps": 7, **VARIANTS[variant]}  # a gradient is clipped, and its effect shows
+    torch, mlx = (steps(tmp_path / engine, engine=engine, **options) for engine in OTHER)
     for mlx_step, torch_step in zip(mlx, torch, strict=True):
         assert mlx_step.loss == pytest.approx(torch_step.loss, rel=AGREED)
         assert mlx_step.gradient_norm == pytest.approx(torch_step.gradient_norm, rel=AGREED)
@@ -169,31 +170,34 @@ def test_both_engines_load_the_same_base(tiny_model):
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
-@every_variant
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if name != "one micro-batch"]
+)  # which changes no state
 @from_either
 def test_a_run_resumes_with_the_other_engine(losses, tmp_path, first, variant):
     options = VARIANTS[variant]
-    losses(tmp_path / "run", engine=first, stop_after=3, **options)
-    shutil.copytree(tmp_path / "run", tmp_path / "stays")
-    expected = losses(tmp_path / "stays", engine=first, **options)
-
+    expected = losses(tmp_path / "stays", engine=first, save_every=2, **options)
+    shutil.copytree(tmp_path / "stays", tmp_path / "run")
     manager = CheckpointManager(tmp_path / "run" / "checkpoints")
-    receiver = create_engine(replace(config_of(manager.inspect(3)), engine=OTHER[first]))
-    load_step(manager, 3, receiver)
-    saved = manager.load(3)
+    manager.inspect(4).path.unlink()  # as if it had been killed
+    receiver = create_engine(replace(config_of(manager.inspect(2)), engine=OTHER[first]))
+    load_step(manager, 2, receiver)
+    saved = manager.load(2)
     expected_state = comparable(first, saved.model, saved.optimizer)
-    assert expected_state["steps"] == {3}
+    assert expected_state["steps"] == {2}
     assert same(state_of(receiver), expected_state)
 
     with pytest.warns(DistrustWarning, match=OTHER_ENGINE_WARNING.format(first, OTHER[first])) as caught:
         resumed = losses(tmp_path / "run", engine=OTHER[first], **options)
     assert len(caught) == 1
     assert "random generator states are not" in str(caught[0].message)
-    assert sorted(resumed) == [4, 5, 6, 7]
-    assert resumed[4] == pytest.approx(expected[4], rel=AGREED)
-    assert resumed == pytest.approx(expected, rel=AGREED)  # the moments affect every later step
+    assert sorted(resumed) == [3, 4]
+    assert resumed[3] == pytest.approx(expected[3], rel=AGREED)
+    assert resumed[4] == pytest.approx(expected[4], rel=AGREED)  # the moments affect every later step
     # From then on it is a run of the other engine, also without --engine.
-    assert open_checkpoint(tmp_path / "run")[0].framework == OTHER[first]
+    if variant == "lora":
+        assert open_checkpoint(tmp_path / "run")[0].framework == OTHER[first]
+    assert config_of(manager.inspect(4)).engine == OTHER[first]
 
 
 def transfer(sender: Engine, receiver: Engine, folder: Path) -> None:
@@ -229,7 +233,7 @@ def test_targets_that_mlx_cannot_adapt_are_refused(losses, tmp_path):
     with pytest.raises(ConfigError, match=r"--target-modules .*: embed_tokens is no linear module"):
         losses(tmp_path, engine="mlx", **options)
     assert {path: path.read_bytes() for path in (tmp_path / "checkpoints").iterdir()} == files
-    assert losses(tmp_path, engine="torch", **options).keys() == {3, 4, 5, 6, 7}
+    assert losses(tmp_path, engine="torch", **options).keys() == {3, 4}
 
 
 @pytest.mark.parametrize(

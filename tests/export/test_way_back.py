@@ -35,7 +35,7 @@ from distrust.testing.models import make_model, train_a_little
 from tests.trainer_warnings import pytestmark  # noqa: F401
 
 TEXTS = ["ore melts", "the salt", "salt melts at 9 9 9", "at the ore"]
-SAVED, STEPS = 3, 8
+SAVED, STEPS = 3, 5
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 RATE, DECAY = 5e-3, 0.1
 #: Runs of ``distrust train``: options of this package, and of peft.

@@ -688,8 +688,9 @@ def test_hostile_metadata(tmp_path, text, reason):
 )  # fmt: skip
 def test_json_for_which_memory_does_not_suffice_is_not_parsed(monkeypatch, piece, times):
     """The estimate is never too low, and not many times too high."""
-    raw = b'{"a":[' + piece.encode() * (1_100_000 // len(piece)) + b"1]}"
-    gc.disable()  # it would traverse a million lists again and again
+    monkeypatch.setattr(safe_json, "_UNCHECKED_BYTES", 1 << 17)
+    raw = b'{"a":[' + piece.encode() * (140_000 // len(piece)) + b"1]}"
+    gc.disable()  # it would traverse all lists again and again
     tracemalloc.start()
     try:
         safe_json.parse_object(raw, "it")
@@ -835,6 +836,20 @@ def test_a_name_without_a_checkpoint_is_reported(tmp_path, make, reason, capsys)
 AS_ANYBODY = ["setpriv", *(f"--{of}=-dac_override,-dac_read_search" for of in ("inh-caps", "bounding-set"))]
 
 
+#: Runs commands on a folder, and prints the code and the output of each.
+COMMANDS = """
+import contextlib, io, json, sys
+from distrust.cli import main
+
+def run(command, *options):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        return main([command, sys.argv[1], *options]), output.getvalue()
+
+print(json.dumps([run(*words) for words in json.loads(sys.argv[2])]))
+"""
+
+
 def unprivileged_prefix():
     """Words before a command so that it obeys permissions; None if that is impossible."""
     if os.geteuid() != 0:
@@ -850,18 +865,18 @@ def test_a_folder_that_cannot_be_entered_is_reported(tmp_path, mode):
     write_directory(tmp_path / "checkpoint-10")
     path = write_directory(tmp_path / "checkpoint-20", {**FIELDS, "step": 20})
     path.chmod(mode)
-    for command in ("ls", "verify", "convert"):
-        options = ["--to", str(tmp_path / "to")] if command == "convert" else []
-        process = subprocess.run(
-            [*prefix, sys.executable, "-m", "distrust", command, tmp_path, *options],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert process.returncode == 1
-        assert f"{path}: " in (output := process.stdout + process.stderr)
-        assert "Permission denied" in output
+    commands = [["ls"], ["verify"], ["convert", "--to", str(tmp_path / "to")]]
+    process = subprocess.run(
+        [*prefix, sys.executable, "-c", COMMANDS, tmp_path, json.dumps(commands)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     path.chmod(0o700)
+    for code, output in json.loads(process.stdout):
+        assert code == 1
+        assert f"{path}: " in output
+        assert "Permission denied" in output
 
 
 def test_a_folder_that_cannot_be_read_is_reported(tmp_path, monkeypatch):

@@ -26,7 +26,7 @@ from distrust.testing.models import make_model
 from distrust.training.events import StepEnded
 
 TEXTS = ["ore melts", "the salt", "salt melts at 9 9 9", "at the ore"]
-SAVED, STEPS = 3, 6
+SAVED, STEPS = 2, 4
 RATE = 5e-3
 
 
@@ -200,7 +200,7 @@ def test_interrupted_and_resumed_it_ends_in_the_same_state(folder, resume, tmp_p
             ended, _ = resume(out, save_every=1)
         return ended.state_digest
 
-    assert ends(tmp_path / "alone") == ends(tmp_path / "stopped", 4)
+    assert ends(tmp_path / "alone") == ends(tmp_path / "stopped", 3)
 
 
 def test_proven_options_are_compared(folder, resume, tmp_path):
@@ -216,10 +216,10 @@ def test_proven_options_are_compared(folder, resume, tmp_path):
 
 def test_a_run_that_would_end_earlier_is_refused(folder, resume, tmp_path):
     convert(folder, tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"has 3 steps.*was imported at step 3; give more"):
+    with pytest.raises(ConfigError, match=rf"has {SAVED} steps.*was imported at step {SAVED}; give more"):
         resume(tmp_path / "run", max_steps=SAVED)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors")] == [
-        "checkpoint-3.safetensors"
+        f"checkpoint-{SAVED}.safetensors"
     ]
 
 

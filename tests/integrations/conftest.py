@@ -11,15 +11,20 @@ import pytest
 #: Runs ``run(**job)`` of a module for each job of its input, in a process that is forked from one that has
 #: imported the module and computed nothing.
 SERVER = """
-import importlib, json, os, sys
+import contextlib, importlib, json, os, signal, sys
+import tests.without_fsync
 sys.path.insert(0, sys.argv[1])
 run = importlib.import_module(sys.argv[2]).run
 for line in sys.stdin:
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)
         run(**json.loads(line))
         os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child, signal.SIGKILL)  # a loader's worker would notice after seconds
+    print(code, flush=True)
 """
 
 

@@ -30,7 +30,7 @@ from distrust.integrations.lightning import DistrustCheckpointIO, DistrustModelC
 from distrust.integrations.random import generators
 
 PROGRAM = "tests.integrations.lightning_runs:main"
-IMPORTS = ["tests.integrations.lightning_runs"]
+IMPORTS = ["tests.integrations.lightning_runs", "tests.without_fsync"]
 RECORDS, BATCH = 22, 2
 BATCHES = RECORDS // BATCH  # of an epoch
 

@@ -25,7 +25,8 @@ End = dict[str, Any]
 Start = Callable[..., int | None]
 #: With only other data, or with what two of the rest have together.
 LEFT_TO_THE_CAMPAIGN = (
-    "Trainer, 2 workers", "Trainer, evaluation", "SFTTrainer, accumulation, evaluation, 2 workers",
+    "Trainer, 2 workers", "Trainer, accumulation, 2 workers", "Trainer, evaluation",
+    "SFTTrainer, accumulation, evaluation, 2 workers",
     "SFTTrainer, completions", "SFTTrainer, assistant's turns",
 )  # fmt: skip
 DISTURBED = [case for case in CASES if case.name not in LEFT_TO_THE_CAMPAIGN]
@@ -53,7 +54,8 @@ def start(forked_python) -> Iterator[Start]:
         began = re.search(r"^begins at (\d+)$", "\n".join(session.output()), re.MULTILINE)
         return int(began[1]) if began else None
 
-    with Forks(protocol.PROGRAM, protocol.IMPORTS, name="a fork", python=[forked_python]) as forks:
+    imports = (*protocol.IMPORTS, "tests.without_fsync")
+    with Forks(protocol.PROGRAM, imports, name="a fork", python=[forked_python]) as forks:
         yield start
 
 

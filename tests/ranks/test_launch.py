@@ -31,6 +31,7 @@ import os, pathlib, signal, sys, time
 folder = pathlib.Path(os.environ["FOLDER"])
 rank, start = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 def save(number, _):
+    (folder / f"saving-{{rank}}").touch()
     time.sleep(float(os.environ.get("SAVE_SECONDS", 0)))
     (folder / f"saved-{{rank}}").touch()
     os._exit(128 + number)
@@ -188,6 +189,7 @@ def test_a_signal_reaches_all_ranks(launch, number):
     launched.pids()
     launched.signal(signal.SIGHUP)
     launched.signal(number)
+    wait_until(lambda: len(launched.names("saving-*")) == 2)  # of two at once, either may come first
     launched.signal(signal.SIGTERM)  # a second one changes nothing
     assert launched.end() == (128 + number, "")
     assert launched.names("saved-*") == ["saved-0", "saved-1"]
@@ -291,7 +293,7 @@ def test_a_run_that_was_killed_and_stopped_ends_as_one_process(
     """The launcher's ranks: one is killed, and one of the next is told to stop. torchrun goes on."""
 
     def arguments(name: str) -> list[str]:
-        return train_arguments(run_folder, run_folder / name, "--gradient-accumulation", 2, "--max-steps", 30)
+        return train_arguments(run_folder, run_folder / name, "--gradient-accumulation", 2, "--max-steps", 20)
 
     def newest() -> int:
         files = (run_folder / "run/checkpoints").glob("checkpoint-*.safetensors")

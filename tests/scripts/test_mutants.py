@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,12 @@ def test_skipped():
 
 
 @pytest.fixture
-def repository(tmp_path):
-    """A repository with one function; ``plant(name, new, test, old)`` adds a row to its table."""
+def repository(tmp_path, forked_python, monkeypatch):
+    """A repository with one function; ``plant(name, new, test, old)`` adds a row to its table.
+
+    Its tests need nothing of this repository, so that their processes may be forks.
+    """
+    monkeypatch.setattr(sys, "executable", str(forked_python))
     for name, text in {"src/doubling.py": CODE, "tests/test_doubling.py": TESTS}.items():
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text(text)

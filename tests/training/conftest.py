@@ -8,12 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from distrust import DistrustTrainer, TrainConfig
 from distrust.checkpoint.disk import Disk
+from distrust.testing.toy_engine import TOY, ToyEngine
+from distrust.training.events import RunEnded
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_fsync(no_fsync: None) -> None:
     """Tests of power loss check the calls, not the disk."""
+
+
+@pytest.fixture(scope="session")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunEnded:
+    """The end of an undisturbed run of the fixture ``run``, with no options."""
+    config = TrainConfig(out=str(tmp_path_factory.mktemp("alone")), **{**TOY, "data": str(data)})
+    return DistrustTrainer(config, engine=ToyEngine(), observers=[]).train()
 
 
 @pytest.fixture

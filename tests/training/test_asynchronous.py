@@ -38,11 +38,6 @@ def trainer(data):
     return make
 
 
-@pytest.fixture
-def alone(run, tmp_path):
-    return run(tmp_path / "alone")[0]
-
-
 async def first_step(blocker):
     while not blocker.stepped.is_set():
         await asyncio.sleep(0.001)

@@ -134,8 +134,7 @@ def test_sources_without_mix_are_concatenated(run, data, other, tmp_path):
     assert losses[0] == losses[1]
 
 
-def test_file_format_does_not_change_the_result(run, data, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_file_format_does_not_change_the_result(run, alone, data, tmp_path):
     run(tmp_path / "moved", stop_after=4)
     table = tmp_path / "data.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows_of(data)), table)
@@ -245,8 +244,7 @@ def test_columns_are_reported_once(run, data, tmp_path):
         assert problem in line
 
 
-def test_examples_argument_equals_a_file(run, data, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_examples_argument_equals_a_file(run, alone, data, tmp_path):
     rows = rows_of(data)
     assert run(tmp_path / "list", examples=rows)[0].state_digest == alone.state_digest
     run(tmp_path / "once", examples=iter(rows), stop_after=4)

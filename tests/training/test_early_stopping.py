@@ -12,7 +12,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from distrust import CheckpointManager
+from distrust import CheckpointManager, DistrustTrainer, TrainConfig
+from distrust.testing.toy_engine import TOY, ToyEngine
 from distrust.training.events import Evaluated, StepEnded
 from distrust.training.progress import BestTracker
 
@@ -49,8 +50,7 @@ def test_early_stopped_run_continues_with_more_patience(run, eval_data, tmp_path
     assert (unlimited.step, unlimited.reason) == (30, "finished")
 
 
-def test_reduced_patience_ends_the_run_at_once(run, eval_data, tmp_path):
-    early, _ = run(tmp_path / "early", eval_data=str(eval_data), **EARLY)
+def test_reduced_patience_ends_the_run_at_once(run, early, eval_data, tmp_path):
     patient = {**EARLY, "early_stopping_patience": 30}
     stopped, _ = run(tmp_path / "a", eval_data=str(eval_data), stop_after=early.step, **patient)
     assert stopped.reason == "signal"
@@ -61,12 +61,18 @@ def test_reduced_patience_ends_the_run_at_once(run, eval_data, tmp_path):
     assert not [event for event in events if isinstance(event, StepEnded)]
 
 
+@pytest.fixture(scope="module")
+def early(data, eval_data, tmp_path_factory):
+    """The end of an undisturbed run that stops early."""
+    where = {"data": str(data), "eval_data": str(eval_data), "out": str(tmp_path_factory.mktemp("early"))}
+    return DistrustTrainer(TrainConfig(**{**TOY, **EARLY, **where}), engine=ToyEngine(), observers=[]).train()
+
+
 @settings(max_examples=5, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(stops=st.lists(st.integers(1, 23), max_size=3).map(sorted), save_every=st.integers(0, 3))
 @example(stops=[22], save_every=1)  # after the best evaluation: the resume must know it
-def test_interrupted_run_stops_at_the_same_step(run, eval_data, stops, save_every):
+def test_interrupted_run_stops_at_the_same_step(run, early, eval_data, stops, save_every):
     with tempfile.TemporaryDirectory() as folder:
-        alone, _ = run(Path(folder, "alone"), eval_data=str(eval_data), **EARLY)
         for stop in [*stops, None]:
             ended, _ = run(
                 Path(folder, "stopped"),
@@ -74,8 +80,8 @@ def test_interrupted_run_stops_at_the_same_step(run, eval_data, stops, save_ever
                 eval_data=str(eval_data),
                 **{**EARLY, "save_every": save_every},
             )
-        assert (ended.step, ended.reason) == (alone.step, "early_stopping")
-        assert ended.state_digest == alone.state_digest
+        assert (ended.step, ended.reason) == (early.step, "early_stopping")
+        assert ended.state_digest == early.state_digest
 
 
 values = st.floats(width=32) | st.sampled_from([1.0, 2.0, math.nan])

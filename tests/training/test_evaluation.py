@@ -142,9 +142,9 @@ def test_unique_classes_do_not_flood_the_metrics(run, tmp_path):
     assert sum(name.startswith("eval_loss/") for name in event.metrics) == CLASSES_MEASURED
 
 
-@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    names=st.lists(st.none() | st.text(max_size=4) | st.integers() | st.booleans(), min_size=1, max_size=9)
+    names=st.lists(st.none() | st.text(max_size=4) | st.integers() | st.booleans(), min_size=1, max_size=5)
 )
 def test_class_names_do_not_change_the_run(run, tmp_path_factory, names):
     """The class of a record is only shown."""

@@ -283,9 +283,8 @@ def test_progress_bar_on_a_terminal(run, tmp_path, monkeypatch):
     )  # the cursor is visible again
 
 
-def test_failing_observer_loses_no_step(run, data, tmp_path):
+def test_failing_observer_loses_no_step(run, alone, data, tmp_path):
     """The run ends, but saves first."""
-    alone, _ = run(tmp_path / "alone")
 
     def fail(event):
         if isinstance(event, StepEnded) and event.step == 5:

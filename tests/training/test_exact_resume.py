@@ -21,7 +21,7 @@ from distrust.errors import NoIntactCheckpoint
 from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import CheckpointStarted, RunStarted, StepEnded
 
-quick = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def steps_of(events):
@@ -124,8 +124,7 @@ def test_resumed_run_reports_its_checkpoint(run, tmp_path):
     assert stopped.path.name == "checkpoint-5.safetensors"
 
 
-def test_same_trainer_resumes(run, data, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_same_trainer_resumes(run, alone, data, tmp_path):
 
     def stop_once(event):
         if isinstance(event, StepEnded) and event.step == 4:
@@ -171,8 +170,7 @@ def test_longer_run_keeps_the_earlier_steps(run, tmp_path):
     assert uninterrupted.state_digest == longer.state_digest
 
 
-def test_damaged_newest_checkpoint(run, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_damaged_newest_checkpoint(run, alone, tmp_path):
     stopped, _ = run(tmp_path / "hurt", stop_after=5)
     damage(stopped.path)
     with warnings.catch_warnings(record=True) as caught:
@@ -237,8 +235,7 @@ def test_later_steps_do_not_change_a_pending_checkpoint(run, tmp_path):
         assert file.state_digest == one.state_digest
 
 
-def test_moved_run_resumes(run, data, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_moved_run_resumes(run, alone, data, tmp_path):
     run(tmp_path / "here", stop_after=3)
     shutil.move(tmp_path / "here", tmp_path / "there")
     moved = str(shutil.copy(data, tmp_path / "moved.jsonl"))

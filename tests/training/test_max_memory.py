@@ -35,8 +35,7 @@ def saved_steps(out: Path) -> list[int]:
         ({"base": 6000, "leak": 1000}, 1),
     ],
 )
-def test_stops_before_the_limit_is_exceeded(run, tmp_path, eats, stopped_at):
-    alone, _ = run(tmp_path / "alone")
+def test_stops_before_the_limit_is_exceeded(run, alone, tmp_path, eats, stopped_at):
     steps = []
 
     def make(config):
@@ -88,8 +87,7 @@ def test_limit_exceeded_at_the_start(run, tmp_path):
     assert saved_steps(tmp_path) == []
 
 
-def test_resets_keep_a_leaking_run_below_the_limit(run, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_resets_keep_a_leaking_run_below_the_limit(run, alone, tmp_path):
     ended, _ = run(
         tmp_path / "bound",
         engine=lambda config: Hungry(base=2000, leak=1000),
@@ -164,8 +162,7 @@ class Caching(ToyEngine):
         return DeviceMemory(30 * GIB, self.reserved * GIB, self.reserved * GIB, self.reserved * GIB)
 
 
-def test_a_checkpoint_that_was_loaded_to_the_device_does_not_count(run, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_a_checkpoint_that_was_loaded_to_the_device_does_not_count(run, alone, tmp_path):
 
     def make(config):
         return Caching()
@@ -194,9 +191,8 @@ def test_a_limit_of_a_device_without_memory_is_refused(run, tmp_path):
     assert [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()] == [".lock"]
 
 
-def test_a_limit_of_the_run_has_no_effect_where_there_is_no_such_memory(run, tmp_path):
+def test_a_limit_of_the_run_has_no_effect_where_there_is_no_such_memory(run, alone, tmp_path):
     """The run has moved to a machine without a GPU; its config.toml keeps the limit."""
-    alone, _ = run(tmp_path / "alone")
     run(tmp_path / "run", engine=Hungry(base=7), max_device_memory=8.0, stop_after=3)
     config = config_of_run(tmp_path / "run")
     assert config.max_device_memory == 8
@@ -279,7 +275,7 @@ def keep(event):
     kept.append(np.ones(int(float(sys.argv[4]) * 2**17)))
 bound = float(sys.argv[5])
 config = TrainConfig(
-    data=sys.argv[2], out=sys.argv[3], max_steps=400, batch_size=2, save_every=0,
+    data=sys.argv[2], out=sys.argv[3], max_steps=200, batch_size=2, save_every=0,
     max_memory=bound or None)
 try:
     print(DistrustTrainer(config, engine=ToyEngine(), observers=[keep]).train().state_digest)
@@ -304,15 +300,15 @@ def test_leaking_run_saves_before_it_would_be_killed(start_python, data, tmp_pat
         stdout, stderr = process.communicate(timeout=60)
         return process.returncode, stdout, stderr
 
-    # Leaks 0.5 MiB per event, so the watchdog, which polls every millisecond, is in time.
-    code, _, _ = run_with_watchdog("killed", leak=1.0, bound=0.0)
+    # Leaks 2 MiB per event, so the watchdog, which polls every millisecond, is in time.
+    code, _, _ = run_with_watchdog("killed", leak=2.0, bound=0.0)
     assert code == -signal.SIGKILL
     assert saved_steps(tmp_path / "killed") == []
-    code, _, stderr = run_with_watchdog("bound", leak=1.0, bound=0.35)
+    code, _, stderr = run_with_watchdog("bound", leak=2.0, bound=0.35)
     assert code == 1, stderr
     assert stderr.startswith("distrust: --max-memory 0.35: at step ")
     (step,) = saved_steps(tmp_path / "bound")
-    assert 0 < step < 400
+    assert 0 < step < 200
     assert f"step {step} is saved" in stderr
     # Without the leak, the same command finishes in the same state as a run that never leaked.
     digests = [run_with_watchdog(out, leak=0.0, bound=0.35)[1] for out in ("bound", "alone")]

@@ -41,10 +41,9 @@ def resets(events):
     stop=st.none() | st.integers(1, 8),
     evaluated=st.booleans(),
 )
-def test_reset_is_bit_identical(run, eval_data, reload_every, save_every, stop, evaluated):
+def test_reset_is_bit_identical(run, alone, eval_data, reload_every, save_every, stop, evaluated):
     evaluation = {"eval_data": str(eval_data), "eval_every": 2} if evaluated else {}
     with tempfile.TemporaryDirectory() as folder:
-        alone, _ = run(Path(folder, "alone"), **evaluation)
         options = {"save_every": save_every, "keep_last": 1, "reload_every": reload_every, **evaluation}
         events = []
         for until in (stop, None) if stop else (None,):
@@ -124,9 +123,8 @@ def test_reload_is_not_counted_as_stall(run, tmp_path, monkeypatch):
     assert ended.stall_seconds == pytest.approx(trainer_stall())
 
 
-def test_no_reset_without_a_checkpoint(run, tmp_path, failing_saves):
+def test_no_reset_without_a_checkpoint(run, alone, tmp_path, failing_saves):
     """A failed save warns, and the run continues."""
-    alone, _ = run(tmp_path / "alone")
     failing_saves(1)
     with pytest.warns(DistrustWarning, match="the next save tries again"):
         ended, events = run(tmp_path / "reset", engine=made_anew, reload_every=3, save_every=0)
@@ -134,8 +132,7 @@ def test_no_reset_without_a_checkpoint(run, tmp_path, failing_saves):
     assert ended.state_digest == alone.state_digest
 
 
-def test_no_reset_from_a_damaged_checkpoint(run, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_no_reset_from_a_damaged_checkpoint(run, alone, tmp_path):
 
     def damage(event):
         if isinstance(event, CheckpointSaved) and event.step == 3:
@@ -164,8 +161,7 @@ def test_a_stop_during_a_save_that_fails_is_answered_at_once(run, tmp_path, fail
 
 
 @pytest.mark.parametrize("when", ["while it saves", "while it loads"])
-def test_signal_during_a_reset_stops_the_run(run, tmp_path, when):
-    alone, _ = run(tmp_path / "alone")
+def test_signal_during_a_reset_stops_the_run(run, alone, tmp_path, when):
     engines = []
 
     def make(config):
@@ -193,7 +189,7 @@ def test_reset_frees_a_real_model(tiny_model, data, tmp_path, lora_rank):
     options = {
         "model": str(tiny_model),
         "data": str(data),
-        "max_steps": 5,
+        "max_steps": 3,
         "batch_size": 2,
         "learning_rate": 5e-3,
         "lora_rank": lora_rank,
@@ -216,7 +212,7 @@ def test_reset_frees_a_real_model(tiny_model, data, tmp_path, lora_rank):
     del references[:], alive[:]
     gc.collect()
     tensors_at_start = sum(issubclass(type(object_), torch.Tensor) for object_ in gc.get_objects())
-    assert train("reset", reload_every=2).state_digest == alone.state_digest
+    assert train("reset", reload_every=1).state_digest == alone.state_digest
     assert alive == [[], [], []]
     gc.collect()
     assert sum(issubclass(type(object_), torch.Tensor) for object_ in gc.get_objects()) <= tensors_at_start
@@ -244,8 +240,7 @@ print(DistrustTrainer(config, engine=make, observers=()).train().state_digest)
 """
 
 
-def test_kill_during_a_reset_loses_nothing(run, run_python, forked_python, data, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_kill_during_a_reset_loses_nothing(run, alone, run_python, forked_python, data, tmp_path):
     folder = Path(__file__).parent
     process = run_python(KILLED, folder, data, tmp_path / "reset", "kill", python=forked_python)
     assert process.returncode == -signal.SIGKILL

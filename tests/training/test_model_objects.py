@@ -28,10 +28,11 @@ def objects(tiny_model):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"lora_rank": 0}, {"dtype": "bfloat16"}, {"reload_every": 3, "save_every": 2}]
+    "options",
+    [{}, {"lora_rank": 0}, {"dtype": "bfloat16"}, {"reload_every": 3, "save_every": 2, "max_steps": 4}],
 )
 def test_objects_train_like_their_folder_and_stay_as_they_are(train, objects, tiny_config, tmp_path, options):
-    model = objects["model"]
+    model, options = objects["model"], {"max_steps": 2, **options}
     initial = {name: value.clone() for name, value in model.state_dict().items()}
     kinds = [type(module) for module in model.modules()]
     expected, _ = train(tmp_path / "by-name", **options)
@@ -46,15 +47,15 @@ def test_objects_train_like_their_folder_and_stay_as_they_are(train, objects, ti
 
 
 def test_a_stopped_run_resumes_with_the_same_objects(train, objects, tiny_config, tmp_path):
-    expected, _ = train(tmp_path / "alone")
+    expected, _ = train(tmp_path / "alone", max_steps=3)
 
     def stop(event):
-        if trainer.state.step == 3:
+        if trainer.state.step == 1:
             trainer.stop()
 
-    config = tiny_config(tmp_path / "run")
+    config = tiny_config(tmp_path / "run", max_steps=3)
     trainer = DistrustTrainer(config, observers=[stop], **objects)
-    assert trainer.train().step == 3
+    assert trainer.train().step == 1
     ended = asyncio.run(DistrustTrainer(config, observers=(), **objects).train_async())
     assert ended.state_digest == expected.state_digest
 

@@ -36,17 +36,18 @@ class Machine:
 
 def test_power_cut_at_any_call_ends_in_the_same_state(run, tmp_path, monkeypatch):
     alone = Machine(tmp_path / "alone", monkeypatch)
-    ended = alone.run(run)
+    short = {"max_steps": 5}  # two checkpoints and the final one
+    ended = alone.run(run, **short)
     chance = Random(7)
     for number, calls in enumerate(range(0, alone.disk.calls, 4)):
         machine = Machine(tmp_path / f"machine-{number}", monkeypatch)
         machine.disk.dies_after = calls
-        assert machine.run(run) is None
+        assert machine.run(run, **short) is None
 
         restored = tmp_path / f"after-{number}"
         image = machine.world.after_cut(chance.choice(FATES), chance.choice(FATES), chance)
         build(restored, machine.root, image)
-        again, _ = run(restored / "run")
+        again, _ = run(restored / "run", **short)
         assert again.state_digest == ended.state_digest
 
 

@@ -131,8 +131,7 @@ def test_a_wrong_command_is_refused(run, tmp_path, line):
 
 
 @pytest.mark.parametrize("notice", ["command:/nowhere/program x", "command:false", "file:/nowhere/x"])
-def test_a_notice_that_does_not_come_changes_nothing(run, tmp_path, notice):
-    alone, _ = run(tmp_path / "alone")
+def test_a_notice_that_does_not_come_changes_nothing(run, alone, tmp_path, notice):
     if "program" in notice:
         with pytest.warns(DistrustWarning, match="program x: the check failed .*No such file.*tried again"):
             ended, _ = run(tmp_path / "run", observers=[lambda _: time.sleep(0.02)], on_preemption=(notice,))
@@ -237,10 +236,9 @@ def test_a_provider_gives_notice(run, tmp_path, server, provider):
 
 
 @pytest.mark.parametrize("answer", [None, "<html>"])
-def test_a_provider_that_answers_wrongly_is_warned_of_once(run, tmp_path, server, answer):
+def test_a_provider_that_answers_wrongly_is_warned_of_once(run, alone, tmp_path, server, answer):
     server.header, server.answers = ("Metadata", "true"), dict.fromkeys(PROVIDERS["azure"][1], answer)
     server.answers.update(dict.fromkeys(PROVIDERS["gcp"][1], answer))
-    alone, _ = run(tmp_path / "alone")
     with pytest.warns(DistrustWarning, match=r"^--on-preemption \w+: the check failed \(") as caught:
         ended, _ = run(tmp_path / "run", observers=[lambda _: time.sleep(0.05)], on_preemption=(*PROVIDERS,))
     assert sorted(str(warning.message).split()[1] for warning in caught) == ["aws:", "azure:", "gcp:"]

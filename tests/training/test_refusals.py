@@ -113,8 +113,7 @@ def test_options_fixed_at_start_are_restored(run, tmp_path):
     assert run(tmp_path, schedule_steps=9, max_length=1024)[0].step == 9
 
 
-def test_free_options_may_change(run, eval_data, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_free_options_may_change(run, alone, eval_data, tmp_path):
     run(tmp_path / "changed", stop_after=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -173,8 +172,7 @@ def test_a_missing_fingerprint_is_not_the_same_content(run, tmp_path, name):
         run(tmp_path)
 
 
-def test_changed_environment_warns(run, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_changed_environment_warns(run, alone, tmp_path):
     run(tmp_path / "moved", stop_after=3)
     engine = ToyEngine(environment={"toy": "2", "threads": 1, "new": True})
     with pytest.warns(DistrustWarning, match="no longer bit-identical: toy was 1, is 2") as caught:
@@ -230,8 +228,7 @@ def test_branch_must_be_another_folder(run, tmp_path):
     assert contents(tmp_path) == original
 
 
-def test_newest_step_needs_no_branch(run, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_newest_step_needs_no_branch(run, alone, tmp_path):
     run(tmp_path / "run", stop_after=4)
     assert run(tmp_path / "run", from_step=4)[0].state_digest == alone.state_digest
 

@@ -75,8 +75,8 @@ class Simulation:
 
     @property
     def spread(self) -> float:
-        """How much a step may be shorter than the one before it, by which it was decided."""
-        return max(self.steps) - min(self.steps)
+        """How much a step may be shorter than the one before it, by which it was decided; with rounding."""
+        return max(self.steps) - min(self.steps) + 1e-6
 
     @property
     def unavoidable(self) -> float:
@@ -114,7 +114,7 @@ def test_auto_keeps_its_budgets(run, best):
         if save.chosen:  # paid in advance, with those that were not chosen
             is_forced = interval + run.spread >= LONGEST_SECONDS
             assert is_forced or save.stall_before <= share * (save.began + run.spread)
-            assert (number + 1) * run.nbytes <= per_second * (save.began + run.spread) * (1 + 1e-9)
+            assert (number + 1) * run.nbytes <= per_second * (save.began + run.spread)
             if number:
                 assert interval + run.spread >= run.saves[number - 1].stall + run.written
     if not best:
@@ -131,7 +131,7 @@ def test_auto_costs_its_share_of_the_time(run, stall):
     run.run()
     share = run.config.save_budget / 100
     if stall <= LONGEST_SECONDS * share:
-        assert run.times.total_stall <= share * (run.elapsed + run.spread) * (1 + 1e-9)
+        assert run.times.total_stall <= share * (run.elapsed + run.spread)
         assert run.notices == {""}
     else:
         assert any("--save-budget" in text for text in run.notices) == bool(run.saves)
@@ -196,8 +196,8 @@ def slow(monkeypatch):
     return slow
 
 
-def test_intervals_do_not_change_the_result(slow, data, tmp_path):
-    """The bundled model has the same bits whenever it is saved."""
+def test_intervals_do_not_change_the_result(slow, tiny_model, data, tmp_path):
+    """A real model has the same bits whenever it is saved."""
     from distrust.engines.torch.engine import TorchEngine  # late: torch is slow to import
 
     slow(TorchEngine)
@@ -205,7 +205,7 @@ def test_intervals_do_not_change_the_result(slow, data, tmp_path):
     digests, saved = set(), {}
     for save_every in (0, 2, "10s", "30s", "auto"):
         out = tmp_path / str(save_every)
-        where = {"data": str(data), "out": str(out), "device": "cpu", "threads": 1}
+        where = {"model": str(tiny_model), "data": str(data), "out": str(out), "device": "cpu", "threads": 1}
         config = TrainConfig(save_every=save_every, keep_last=9, **options, **where)
         digests.add(DistrustTrainer(config, observers=[]).train().state_digest)
         saved[save_every] = CheckpointManager(out / "checkpoints").list_checkpoints()

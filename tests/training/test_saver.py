@@ -16,8 +16,7 @@ from distrust.testing.toy_engine import ToyEngine
 from distrust.training.events import CheckpointSaved
 
 
-def test_failed_save_warns_and_the_next_succeeds(run, tmp_path, failing_saves):
-    alone, _ = run(tmp_path / "alone")
+def test_failed_save_warns_and_the_next_succeeds(run, alone, tmp_path, failing_saves):
     failing_saves(2)
     with pytest.warns(DistrustWarning, match="checkpoint-4.* No space left.* the next save tries again"):
         ended, events = run(tmp_path / "run")
@@ -101,7 +100,7 @@ def test_signal_after_the_last_step_has_no_effect(run, tmp_path):
     assert (ended.signal, ended.path.name) == (None, "checkpoint-9-final.safetensors")
 
 
-def test_gradients_of_an_interrupted_step_are_discarded(run, tmp_path):
+def test_gradients_of_an_interrupted_step_are_discarded(run, alone, tmp_path):
     class Interrupted(ToyEngine):
         interrupted = False
 
@@ -111,7 +110,6 @@ def test_gradients_of_an_interrupted_step_are_discarded(run, tmp_path):
                 raise KeyboardInterrupt
             super().begin_micro_step(seed=seed, step=step, micro_step=micro_step)
 
-    alone, _ = run(tmp_path / "alone")
     engine = Interrupted()
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "run", engine=engine)

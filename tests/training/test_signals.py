@@ -162,8 +162,7 @@ def test_observer_error_of_a_stopped_run_is_raised(run, tmp_path):
         run(tmp_path, observers=[fail])
 
 
-def test_second_interrupt_damages_no_checkpoint(run, tmp_path):
-    alone, _ = run(tmp_path / "alone")
+def test_second_interrupt_damages_no_checkpoint(run, alone, tmp_path):
 
     def twice(event):
         if isinstance(event, StepEnded) and event.step == 5:
