@@ -239,8 +239,8 @@ def run_order(order: dict[str, Any]) -> dict[str, Any]:
 
 
 def _wait_for_all(dist: Any) -> None:
-    """Wait until every rank is here, for at most five seconds: some may have died."""
-    store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + 5
+    """Wait until every rank is here, for at most 30 seconds: some may have died."""
+    store, end = dist.distributed_c10d._get_default_store(), time.monotonic() + 30
     with contextlib.suppress(RuntimeError):  # the rank that keeps the store has left
         store.add("ended", 1)
         while store.add("ended", 0) < dist.get_world_size() and time.monotonic() < end:
