@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -114,13 +115,22 @@ class WorkerPool:
             finished.set()  # always: the submitter may be waiting to reuse the task's memory
 
 
-#: A thread whose ``is_alone`` is true copies without others: they would take the cores that train.
-local = threading.local()
+_local = threading.local()
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let this thread copy without others: they would take the cores that train."""
+    _local.is_alone = True
+    try:
+        yield
+    finally:
+        _local.is_alone = False
 
 
 def worthwhile_threads(nbytes: int) -> int:
     """Return how many threads to copy ``nbytes`` with: for little data, starting threads costs more."""
-    return cores() if nbytes >= _MIN_BYTES_FOR_THREADS and not getattr(local, "is_alone", False) else 1
+    return cores() if nbytes >= _MIN_BYTES_FOR_THREADS and not getattr(_local, "is_alone", False) else 1
 
 
 def run(work: Callable[[Item], None], items: Sequence[Item], *, threads: int) -> None:

@@ -223,7 +223,6 @@ class StepSnapshots:
 
         self._pending = self._background.start(slot.path, copy=lambda: pending.copy(slot.path), write=write)
         self._pending.add_done_callback(pending.drop)
-        parallel.local.is_alone = False  # without a new thread, this one has copied
         self._stall = time.perf_counter() - self._begin
         self.total_stall += self._stall
         if is_first:  # it also allocates, which says nothing about the next
@@ -250,8 +249,8 @@ class StepSnapshots:
 
         def copy(path: Path) -> None:
             try:
-                parallel.local.is_alone = True
-                started.append(self._start_copy(slot, state))
+                with parallel.alone():
+                    started.append(self._start_copy(slot, state))
                 if arrays.versions(values) != versions:
                     raise ValueError(CHANGED)
             except Exception as error:  # without its frames: they refer to the arrays, and it may live long
