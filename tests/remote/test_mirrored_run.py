@@ -73,9 +73,10 @@ def test_a_url_as_out_is_the_mirror_of_a_folder_in_the_cache(run, s3, tmp_path, 
     started = next(event for event in events if isinstance(event, RunStarted))
     assert f"each checkpoint is copied to {s3.url}" in started.notes
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "plain"]  # no folder "s3:"
-    branch, events = run(s3.url, max_steps=9, from_step=6, branch=f"{s3.url}-branch", keep_last=9)
+    start = copies(s3.url)[-2]  # a slow store need not have every step: newer ones make older ones needless
+    branch, events = run(s3.url, max_steps=9, from_step=start, branch=f"{s3.url}-branch", keep_last=9)
     assert branch.state_digest == plain.state_digest
-    assert steps_made(events) == [7, 8, 9]
+    assert steps_made(events) == list(range(start + 1, 10))
     assert copies(f"{s3.url}-branch")
 
 
