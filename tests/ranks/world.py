@@ -8,6 +8,7 @@ hosts it. A rank that has raised or ended is forked again, from a process with t
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import importlib
 import json
 import os
@@ -98,8 +99,8 @@ class World:
     def values(self, scenario: str, **options: Any) -> list[Any]:
         """The results of :meth:`run`, all of whose ranks have to return one."""
         outcomes = self.run(scenario, **options)
-        for index, outcome in enumerate(outcomes):
-            assert outcome.error is outcome.code is None, f"rank {index}: {outcome}"
+        failed = {rank: each for rank, each in enumerate(outcomes) if each.error or each.code is not None}
+        assert not failed, "\n".join(f"rank {rank}: {each}" for rank, each in failed.items())
         return [outcome.value for outcome in outcomes]
 
     def _start(self, role: str) -> subprocess.Popen[str]:
@@ -181,6 +182,7 @@ def _ask(process: subprocess.Popen[str], message: Any) -> Any:
 
 def serve(role: str) -> None:
     """Answer the messages of standard input, one a line, until it ends."""
+    faulthandler.enable()
     # Nothing that a scenario prints or reads meets the messages.
     orders, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     with open(os.devnull) as nothing:

@@ -268,7 +268,7 @@ def test_prune_and_copy_are_refused_while_a_run_writes(folder, s3, tmp_path, mon
     monkeypatch.setattr(pruner, "PATIENCE_SECONDS", 2)
     mirror = Mirror(f"{s3.url}/checkpoints", patience=1)
     with CheckpointManager(tmp_path / "live", mirror=mirror) as manager:
-        manager.save(Checkpoint(step=9, model={"w": np.zeros(1)}))
+        manager.save_async(Checkpoint(step=9, model={"w": np.zeros(1)})).wait_mirrored()
         for arguments in (("copy", folder, s3.url), ("prune", s3.url, "--keep-last", "1")):
             output = distrust(*arguments)
             assert output.code == 1

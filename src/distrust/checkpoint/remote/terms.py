@@ -65,6 +65,8 @@ class Terms:
         self._watched: Term | None = None
         self._error: Exception | None = None
         self._stop = threading.Event()
+        arguments = weakref.ref(self), min(BEAT_SECONDS, patience / 4), self._stop
+        self._beats = threading.Thread(target=_keep_beating, args=arguments, name="beat of the mirror")
         self.lost = threading.Event()  #: set once it is known that another writer has a later term
         self.number = 0  #: of the term that this process has taken; 0 before
 
@@ -106,8 +108,7 @@ class Terms:
             if existing is None or bytes(existing) != content:  # else the answer to this request was lost
                 raise self._describe_lock(number, "has just taken")
         self.number = number
-        arguments = weakref.ref(self), min(BEAT_SECONDS, self._patience / 4), self._stop
-        threading.Thread(target=_keep_beating, args=arguments, name="beat of the mirror").start()
+        self._beats.start()
 
     def beat(self) -> None:
         """Show that the holder lives, and learn whether another has taken over."""
@@ -146,6 +147,8 @@ class Terms:
         """Give the term back, so that nobody has to watch. Raises RemoteError."""
         self.abandon()
         if self.number and not self.lost.is_set():
+            if self._beats.is_alive():
+                self._beats.join(_BRIEF_SECONDS)  # a beat under way does not come after the end
             self._client.put(term_key(self.number, "end"), b"1")
 
     def _watch(self) -> None:
