@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from unittest.mock import patch
@@ -112,11 +113,13 @@ def one_case(campaign: Campaign, case: Case, folder: Path, data: Path, digests: 
     steps = TIMED_STEPS if timed else STEPS
     saves = {"save_every": "2s"} if timed else {"save_every": case.rng.choice([0, 0, 9])}
     options = {**saves, "step_snapshots": not timed}
-    last_step, longest_save = 0, 0.0
+    last_step, longest_save, slowness = 0, 0.0, 1
     for _ in range(KILLS):
         seconds = case.rng.uniform(0.5, 3.5 * INTERVAL) if timed else case.rng.uniform(0.05, 0.6)
-        killed = Killed(lambda report: train_toy(out, data, report, max_steps=steps, **options), seconds)
+        train = partial(train_toy, out, data, max_steps=steps, **options)
+        killed = Killed(train, slowness * seconds)
         if not killed.ended:  # while it started: the next session tells
+            slowness *= 2
             continue
         longest_save = max([longest_save, *killed.saves])
         if timed:

@@ -343,6 +343,7 @@ def test_an_outage_is_one_warning_and_is_made_up_for(store, tmp_path):
             store.before = fail
             for step in range(3, 9):
                 pending = manager.save_async(checkpoint(step), final=step == 4)
+            pending.wait()
             with pytest.raises(TimeoutError, match="checkpoint-8"):
                 pending.wait_mirrored(0.2)
             assert manager.mirrored == 2

@@ -24,7 +24,11 @@ from torch.distributed import DistError
 from torch.distributed.elastic.agent.server.api import WorkerGroup, WorkerSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.rendezvous import RendezvousError, RendezvousParameters
+from torch.distributed.elastic.rendezvous import (
+    RendezvousConnectionError,
+    RendezvousError,
+    RendezvousParameters,
+)
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from distrust.activity import STOPPING, current
@@ -64,7 +68,13 @@ def run_ranks(
             meeting, options = endpoint, {"is_host": is_host, "join_timeout": 900}
         try:
             parameters = RendezvousParameters("c10d", meeting, "run", *machines, address, **options)
-            handler = get_rendezvous_handler(parameters)
+            try:
+                handler = get_rendezvous_handler(parameters)
+            except RendezvousConnectionError:
+                if not options.get("is_host"):
+                    raise
+                parameters.config["is_host"] = False  # another agent on this machine was faster
+                handler = get_rendezvous_handler(parameters)
             spec = WorkerSpec("rank", count, handler, None, program, tuple(arguments), max_restarts)
             agent = Agent(spec, DefaultLogsSpecs(log_dir=os.devnull))
             for number in (*STOPPING, signal.SIGQUIT):
@@ -130,7 +140,7 @@ class Agent(LocalElasticAgent):
 def _place(endpoint: str) -> tuple[bool, str]:
     """Whether this machine has that address, and the one by which the others reach it."""
     host, _, port = endpoint.rpartition(":")
-    with contextlib.suppress(OSError, UnicodeError), socket.create_server((host, int(port))):
+    with contextlib.suppress(OSError, UnicodeError), socket.create_server((host, 0)):
         return True, host
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
