@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,21 @@ FORKED = {
 }
 
 
+#: Modules that change how all processes of the tests behave, imported last.
+EVERYWHERE = ["tests.delays"] if os.environ.get("DELAYS") else []
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Start a server for each: workers share those of the process that starts them."""
+    for module in EVERYWHERE:
+        import_module(module)
     if hasattr(config, "workerinput"):
         return
     refuse_missing_device(config.getoption("--device"))
     servers = contextlib.ExitStack()
     for name, imports in FORKED.items():
-        os.environ[f"FORKED_{name.upper()}"] = str(servers.enter_context(fork_server(imports)))
+        program = servers.enter_context(fork_server([*imports, *EVERYWHERE]))
+        os.environ[f"FORKED_{name.upper()}"] = str(program)
     config.add_cleanup(servers.close)
 
 
