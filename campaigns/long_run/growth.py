@@ -46,9 +46,9 @@ def count_threads() -> int:
 #: returns memory in arenas of 1 MiB and less, and threads have stacks of their own: a run without a leak was
 #: seen to differ by 0.3 MiB. A leak of 250 bytes per save is found in 20,000 saves.
 MEMORY_BOUND = 2 << 20
-#: Python's blocks that the last quarter may have more than the second. Caches and free lists fill in the
-#: first hundreds of saves, by up to 300, and then vary by ten. One object per save is found in 2,000 saves.
-BLOCKS_BOUND = 600
+#: Python's blocks that the last quarter may have more than the second. Caches and free lists vary by about a
+#: hundred. A leak of one object per save is found in 1,000 saves.
+BLOCKS_BOUND = 300
 #: How many times as long a save may take at the end, and how much processor time. Others who use the disk may
 #: slow it down by more, so elapsed time may grow as much as that of a bare write, sync and rename.
 LATENCY_BOUND = 1.5

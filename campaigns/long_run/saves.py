@@ -28,6 +28,8 @@ from distrust import Checkpoint, CheckpointManager
 RULES = Rules(keep_last=3, keep_best=2)  # by number and by metric
 #: The lock, and the union of the rules.
 FILES = 1 + 3 + 2
+#: Saves elsewhere before the first sample, in which Python's caches and free lists fill: by 300 blocks.
+WARM_UP = 200
 #: Saves from one sample to the next, and the least number of samples.
 WINDOW, SAMPLES = 100, 20
 #: Latency of fewer saves is reported, but is no finding: the disk may be busy with other work for as long.
@@ -202,6 +204,10 @@ def metric(step: int) -> float:
 
 def main() -> None:
     options = parse_arguments(directory=Path, seed=str)
+    warm_up = Saver(options.directory.with_name("warm-up"), options.seed)
+    warm_up.set_rules(RULES._asdict())
+    warm_up.save(0, WARM_UP)
+    del warm_up
     saver = Saver(options.directory, options.seed)
     for line in sys.stdin:
         order = json.loads(line)
