@@ -188,7 +188,7 @@ def serve(role: str) -> None:
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(2, 1)
-    os.fsync = lambda descriptor: None  # type: ignore[assignment]  # it matters only for power loss
+    importlib.import_module("tests.without_fsync")
     answer: Any = "ready"
     while True:
         print(json.dumps(answer), file=answers, flush=True)

@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalEx
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousError,
+    RendezvousHandler,
     RendezvousParameters,
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
@@ -68,13 +69,7 @@ def run_ranks(
             meeting, options = endpoint, {"is_host": is_host, "join_timeout": 900}
         try:
             parameters = RendezvousParameters("c10d", meeting, "run", *machines, address, **options)
-            try:
-                handler = get_rendezvous_handler(parameters)
-            except RendezvousConnectionError:
-                if not options.get("is_host"):
-                    raise
-                parameters.config["is_host"] = False  # another agent on this machine was faster
-                handler = get_rendezvous_handler(parameters)
+            handler = _meet(parameters)
             spec = WorkerSpec("rank", count, handler, None, program, tuple(arguments), max_restarts)
             agent = Agent(spec, DefaultLogsSpecs(log_dir=os.devnull))
             for number in (*STOPPING, signal.SIGQUIT):
@@ -135,6 +130,16 @@ class Agent(LocalElasticAgent):
         for pid in self._pcontext.pids().values() if self._pcontext else ():
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(pid, number)
+
+
+def _meet(parameters: RendezvousParameters) -> RendezvousHandler:
+    try:
+        return get_rendezvous_handler(parameters)
+    except RendezvousConnectionError:
+        if not parameters.get_as_bool("is_host"):
+            raise
+        parameters.config["is_host"] = False  # another agent on this machine was faster
+        return get_rendezvous_handler(parameters)
 
 
 def _place(endpoint: str) -> tuple[bool, str]:
